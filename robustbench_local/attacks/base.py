@@ -1,0 +1,63 @@
+"""What every attack is: a frozen set of hyper-parameters that can be called."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from robustbench_local.errors import UserError
+from robustbench_local.gradients import pristine
+from robustbench_local.threat import ThreatModel
+from robustbench_local.types import Access, Images, Labels, Model, Norm
+
+if TYPE_CHECKING:
+    from robustbench_local.data import Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """Finds, for each image, a perturbed one inside the threat model that the victim gets wrong.
+
+    Subclasses are frozen dataclasses whose fields are the hyper-parameters in natural units, none
+    of them the budget. They say what they `need`, which `norms` they serve, and implement `run`.
+    `seed` decides every random draw, together with the pixels of the example.
+    """
+
+    needs: ClassVar[Access]
+    norms: ClassVar[frozenset[Norm]]
+
+    seed: int = 0
+
+    def fit(self, model: Model, data: "Split", threat: ThreatModel) -> Self:
+        """Prepare on the attacker's own data; substitute attacks train here."""
+        return self
+
+    def __call__(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        """Perturbed images, same shape, type and device as `x`; `x` itself is not modified.
+
+        `y` are the true labels. Nothing of the model or the global random states is left changed,
+        also after an exception. Raises `UserError` for a norm or an access it cannot serve.
+        """
+        self.require(threat)
+        x = x.detach()
+        if threat.epsilon == 0 or len(x) == 0:
+            return x.clone()
+        with pristine(model, seed=self.seed):
+            return self.run(model, x, y, threat)
+
+    def require(self, threat: ThreatModel) -> None:
+        """Raise `UserError` where this attack does not fit the threat model."""
+        name = type(self).__name__
+        if threat.norm not in self.norms:
+            serves = ", ".join(sorted(self.norms))
+            raise UserError(
+                f"attack {name} does not serve threat.norm={threat.norm}; it serves {serves}"
+            )
+        if not threat.allows(self.needs):
+            raise UserError(
+                f"attack {name} needs access to {self.needs} and threat.access={threat.access} "
+                f"grants less; type threat.access={self.needs} or choose another attack"
+            )
+
+    @abstractmethod
+    def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        """The attack itself; the model is frozen and in eval mode, `threat.epsilon` above 0."""

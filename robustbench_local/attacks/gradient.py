@@ -1,0 +1,157 @@
+"""Projected gradient descent, and FGSM as its one-step special case."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from robustbench_local.attacks.base import Attack
+from robustbench_local.errors import UserError
+from robustbench_local.gradients import Loss, attack_loss, input_gradient, is_correct
+from robustbench_local.randomness import Draws, derive_seed
+from robustbench_local.threat import ThreatModel
+from robustbench_local.types import Access, Images, Labels, Model, Norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD(Attack):
+    """Projected gradient descent (Madry et al. 2018, arXiv:1706.06083) for linf, l2 and l1.
+
+    FGSM (Goodfellow et al. 2015, arXiv:1412.6572) is `steps=1, step_size=1, random_start=False`.
+
+    - `steps`, and `step_size` as a fraction of epsilon.
+    - `restarts`: only examples that survived are attacked again, each time from a fresh start.
+    - `loss`: see `attack_loss`. `eot_samples`: forward passes averaged at each step.
+    - `early_stop`: an example that is misclassified leaves the batch at once. Only for
+      deterministic victims; it is off by itself where `eot_samples` is above 1, since one lucky
+      draw proves nothing.
+    - `best_iterate`: return the iterate of highest loss, not the last one.
+
+    Deviations from the paper: the two switches above (both only make it stronger), a uniform
+    random start for every norm, and the l1 step (see `ThreatModel.direction`).
+    """
+
+    needs: ClassVar[Access] = "gradients"
+    norms: ClassVar[frozenset[Norm]] = frozenset({"linf", "l2", "l1"})
+
+    steps: int = 40
+    step_size: float = 0.1
+    restarts: int = 1
+    random_start: bool = True
+    loss: Loss = "ce"
+    eot_samples: int = 1
+    early_stop: bool = True
+    best_iterate: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "restarts", "eot_samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"attack.{name}={getattr(self, name)}; expected 1 or more")
+        if self.step_size <= 0:
+            raise UserError(
+                f"attack.step_size={self.step_size:g}; expected a fraction of epsilon above 0"
+            )
+        if self.restarts > 1 and not self.random_start:
+            raise UserError(
+                f"attack.restarts={self.restarts} would repeat the same run without a random "
+                "start; type attack.random_start=true or attack.restarts=1"
+            )
+
+    def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        """All restarts, each on the survivors of the ones before."""
+        search = _Search(x, stop=self.early_stop and self.eot_samples == 1)
+        for restart in range(self.restarts):
+            alive = search.alive()
+            if len(alive) == 0:
+                break
+            draws = Draws(x[alive], derive_seed(self.seed, "pgd", restart))
+            self._climb(model, x[alive], y[alive], threat, draws, alive, search)
+        return search.best
+
+    def _climb(
+        self,
+        model: Model,
+        x: Images,
+        y: Labels,
+        threat: ThreatModel,
+        draws: Draws,
+        index: Tensor,
+        search: "_Search",
+    ) -> None:
+        """One ascent of the examples `index`; what it finds goes into `search`."""
+        x_adv = threat.random_start(x, draws) if self.random_start else x
+        for step in range(self.steps):
+            look = input_gradient(model, x_adv, y, loss=self.loss, eot_samples=self.eot_samples)
+            gradient = look.gradient
+            # The unperturbed image is no candidate: the attack's own points are.
+            if step > 0 or self.random_start:
+                going = search.offer(index, x_adv, look.loss, look.correct, keep=self.best_iterate)
+                if going is not None:
+                    if len(going) == 0:
+                        return
+                    x, y, index = x[going], y[going], index[going]
+                    x_adv, gradient = x_adv[going], gradient[going]
+            stride = self.step_size * threat.epsilon
+            x_adv = threat.project(x_adv + stride * threat.direction(gradient, x_adv), x)
+        if search.one_way and self.restarts == 1 and not self.best_iterate:
+            search.best[index] = x_adv  # nothing to compare with: a forward pass saved
+            return
+        with torch.no_grad():
+            loss, correct = self._measure(model, x_adv, y)
+        search.offer(index, x_adv, loss, correct, keep=True, final=True)
+
+    def _measure(self, model: Model, x: Images, y: Labels) -> tuple[Tensor, Tensor]:
+        """Mean loss, and whether correct in every sample, of the last iterate."""
+        outputs = [model(x) for _ in range(self.eot_samples)]
+        loss = torch.stack([attack_loss(logits, y, self.loss) for logits in outputs]).mean(0)
+        correct = torch.stack([is_correct(logits, y) for logits in outputs]).all(0)
+        return loss, correct
+
+
+class _Search:
+    """The best point so far of every example, and which examples are still being attacked."""
+
+    def __init__(self, x: Images, *, stop: bool) -> None:
+        self.one_way = not stop  # every example goes all the way
+        self.best = x.clone()
+        self._loss = torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
+        self._broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def alive(self) -> Tensor:
+        """Indices of the examples to attack; all of them unless broken ones may stop."""
+        if not self.one_way:
+            return (~self._broken).nonzero().squeeze(1)
+        return torch.arange(len(self.best), device=self.best.device)
+
+    def offer(
+        self,
+        index: Tensor,
+        x_adv: Images,
+        loss: Tensor,
+        correct: Tensor,
+        *,
+        keep: bool,
+        final: bool = False,
+    ) -> Tensor | None:
+        """Take iterates that are better than what is held.
+
+        Returns the rows to go on with, or `None` for all of them. A misclassified point beats any
+        correct one, then the loss decides. Without `keep` only those which stop here are taken.
+        """
+        broken = ~correct
+        leaves = torch.zeros_like(broken) if self.one_way else broken
+        if keep:
+            held = self._broken[index]
+            better = (broken & ~held) | ((broken == held) & (loss > self._loss[index]))
+        else:
+            better = leaves
+        rows = better.nonzero().squeeze(1)
+        if len(rows):
+            places = index[rows]
+            self.best[places] = x_adv[rows]
+            self._loss[places] = loss[rows].to(self._loss.dtype)
+            self._broken[places] = broken[rows]
+        if not self.one_way and not final and bool(leaves.any()):
+            return correct.nonzero().squeeze(1)
+        return None

@@ -1,0 +1,113 @@
+"""Gradients with respect to the input, the losses attacks climb, and leaving no trace."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustbench_local.errors import UserError
+from robustbench_local.types import Images, Labels, Logits, Model
+
+Loss: TypeAlias = Literal["ce", "margin", "dlr"]
+"""What an attack climbs; see `attack_loss`."""
+
+
+def attack_loss(logits: Logits, y: Labels, loss: Loss) -> Tensor:
+    """The loss an attack climbs, one value per example, shape (N,).
+
+    - `margin`: largest wrong logit minus the true one (Carlini and Wagner 2017, arXiv:1608.04644).
+      Above 0 the example is misclassified.
+    - `ce`: cross-entropy in its log-odds form, logsumexp(wrong) - true. Cross-entropy is the
+      softplus of it, so both rise together and their gradients of one example have the same
+      direction; this form alone keeps that gradient when the softmax saturates.
+    - `dlr`: difference of logits ratio (Croce and Hein 2020, arXiv:2003.01690); 3 classes or more.
+    """
+    true = logits.gather(1, y[:, None]).squeeze(1)
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    if loss == "ce":
+        return others.logsumexp(1) - true
+    if loss == "margin":
+        return others.amax(1) - true
+    if loss == "dlr":
+        if logits.shape[1] < 3:
+            raise UserError(
+                f"loss=dlr needs at least 3 classes and the model has {logits.shape[1]}; "
+                "type attack.loss=margin"
+            )
+        ordered = logits.topk(3, dim=1).values
+        return (others.amax(1) - true) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+    raise UserError(f"attack.loss={loss} is unknown; expected ce, margin or dlr")
+
+
+class InputGradient(NamedTuple):
+    """One look at the victim: the gradient, and what its forward pass said on the way."""
+
+    gradient: Tensor  # (N, C, H, W), summed over the samples: attacks use its direction only
+    loss: Tensor  # (N,), mean over the samples
+    correct: Tensor  # (N,) bool: classified as y in every sample
+
+
+def input_gradient(
+    model: Model, x: Images, y: Labels, *, loss: Loss = "ce", eot_samples: int = 1
+) -> InputGradient:
+    """The gradient of the loss with respect to the input, averaged over fresh forward passes.
+
+    More than one sample is expectation over transformation (Athalye et al. 2018,
+    arXiv:1707.07397) for victims that draw random numbers.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        gradient, values, correct = _look(model, x, y, loss)
+        for _ in range(eot_samples - 1):
+            more = _look(model, x, y, loss)
+            gradient, values, correct = gradient + more[0], values + more[1], correct & more[2]
+    return InputGradient(gradient, values / eot_samples, correct)
+
+
+def _look(model: Model, x: Images, y: Labels, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    logits = model(x)
+    values = attack_loss(logits, y, loss)
+    (gradient,) = torch.autograd.grad(values.sum(), x)
+    return gradient, values.detach(), is_correct(logits, y)
+
+
+def is_correct(logits: Logits, y: Labels) -> Tensor:
+    """Whether the true class has the largest logit, shape (N,); ties as `argmax` breaks them."""
+    return logits.detach().argmax(1) == y
+
+
+@contextmanager
+def pristine(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
+    """Run the body with `model` frozen and in eval mode; leave everything as it was found.
+
+    Restored also after an exception: every submodule's train/eval flag, every parameter's
+    `requires_grad` and `.grad`, and the global random states of Python, NumPy and torch (all
+    devices). Inside, `seed` (if given) seeds torch's global generators, for victims that use them.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    weights = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    # Asking for a GPU's state would start it: only where it is in use already.
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if started else []
+    with torch.random.fork_rng(devices):
+        try:
+            for module, _ in modes:
+                module.training = False
+            for weight, _, _ in weights:
+                weight.requires_grad_(False)
+            if seed is not None:
+                torch.manual_seed(seed)
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for weight, wanted, gradient in weights:
+                weight.requires_grad_(wanted)
+                weight.grad = gradient
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,261 @@
+"""What the adversary may do. The only owner of epsilon."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from robustbench_local.errors import FoulError, UserError
+from robustbench_local.randomness import Draws
+from robustbench_local.types import Access, Images, Norm
+
+TOLERANCE = 1e-6
+"""How far rounding may carry an example out of the budget or the box before it is an error."""
+
+_ACCESS = get_args(Access)
+_NORMS = get_args(Norm)
+
+
+def parse_epsilon(value: object) -> float:
+    """Read a radius such as `0.3` or `8/255` (`Fraction`, no `eval`).
+
+    Raises `UserError` for anything else.
+    """
+    try:
+        return float(Fraction(str(value).replace(" ", "")))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise UserError(
+            f"threat.epsilon={value!r} is not a number; expected a radius in pixel units, "
+            "type for example threat.epsilon=8/255 or threat.epsilon=0.3"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatModel:
+    """The set of perturbed images an attack may return, and what it may ask the victim.
+
+    `epsilon` is the radius in pixel units (pixels in [0, 1]); for l0 the number of pixels. Strings
+    such as "8/255" are read. `query_budget` is the number of forward passes per example, `None`
+    for no limit. Raises `UserError` for a radius that is negative, not a number, or above 1 for
+    linf.
+    """
+
+    norm: Norm
+    epsilon: float
+    access: Access = "gradients"
+    query_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "epsilon", parse_epsilon(self.epsilon))
+        if self.norm not in _NORMS:
+            raise UserError(
+                f"threat.norm={self.norm} is unknown; expected one of {', '.join(_NORMS)}"
+            )
+        if self.access not in _ACCESS:
+            raise UserError(
+                f"threat.access={self.access} is unknown; expected one of {', '.join(_ACCESS)}"
+            )
+        if self.epsilon < 0:
+            raise UserError(
+                f"threat.epsilon={self.epsilon:g} is negative; expected a radius of 0 or more in "
+                "pixel units, type for example threat.epsilon=8/255"
+            )
+        if self.norm == "linf" and self.epsilon > 1:
+            raise UserError(
+                f"threat.epsilon={self.epsilon:g} is above 1, but pixels lie in [0, 1]; "
+                f"type threat.epsilon={self.epsilon:g}/255 if the radius is on the 0-255 scale"
+            )
+        if self.norm == "l0" and self.epsilon != int(self.epsilon):
+            raise UserError(
+                f"threat.epsilon={self.epsilon:g} is not whole, but under l0 it is the number of "
+                "pixels; type for example threat.epsilon=1"
+            )
+        if self.query_budget is not None and self.query_budget < 1:
+            raise UserError(
+                f"threat.query_budget={self.query_budget} allows no forward pass; expected 1 or "
+                "more, type threat.query_budget=null for no limit"
+            )
+
+    def allows(self, needs: Access) -> bool:
+        """Whether this adversary may use an attack that needs this access."""
+        return _ACCESS.index(needs) >= _ACCESS.index(self.access)
+
+    def size(self, x_adv: Images, x: Images) -> Tensor:
+        """How large each perturbation is under the norm, float64, shape (N,)."""
+        delta = (x_adv.detach().double() - x.detach().double()).abs()
+        if self.norm == "l0":
+            return (delta > 0).any(1).flatten(1).sum(1).double()
+        delta = delta.flatten(1)
+        if self.norm == "linf":
+            return delta.amax(1)
+        sizes: Tensor = torch.linalg.vector_norm(delta, ord=2 if self.norm == "l2" else 1, dim=1)
+        return sizes
+
+    def project(self, x_adv: Images, x: Images) -> Images:
+        """The nearest image (Euclidean) inside both the ball around `x` and the box [0, 1].
+
+        For l1 and l2 it is the exact projection on the intersection (Croce and Hein 2021,
+        arXiv:2103.01208): clipping after projecting would leave budget unused. For l0 the pixels
+        that changed most are kept.
+        """
+        if self.norm == "linf":
+            low, high = (x - self.epsilon).clamp_(min=0), (x + self.epsilon).clamp_(max=1)
+            return torch.minimum(torch.maximum(x_adv, low), high)
+        boxed = x_adv.clamp(0, 1)
+        if self.norm == "l0":
+            return self._keep_largest(boxed, x)
+        outside = self.size(boxed, x) > self.epsilon
+        if not outside.any():
+            return boxed
+        start, wanted = x[outside], x_adv[outside]
+        delta = (wanted - start).flatten(1)
+        room = torch.where(delta > 0, 1 - start.flatten(1), start.flatten(1))
+        shrink = _shrink_l2 if self.norm == "l2" else _shrink_l1
+        magnitude = shrink(delta.abs(), room, self.epsilon)
+        inside = (start + (delta.sign() * magnitude).view_as(start)).clamp_(0, 1)
+        # Adding to x rounds; what that carried out of the ball is drawn back by as much.
+        for _ in range(2):
+            ratio = self.epsilon / self.size(inside, start).clamp(min=1e-30)
+            ratio = torch.where(ratio < 1, ratio - 1e-7, 1.0).to(x.dtype).clamp_(min=0)
+            inside = start + (inside - start) * ratio.view(-1, 1, 1, 1)
+        boxed[outside] = inside
+        return boxed
+
+    def _keep_largest(self, x_adv: Images, x: Images) -> Images:
+        change = (x_adv - x).abs().sum(1).flatten(1)  # (N, H*W)
+        count = min(int(self.epsilon), change.shape[1])
+        keep = torch.zeros_like(change, dtype=torch.bool)
+        keep.scatter_(1, change.topk(count, dim=1).indices, True)
+        return torch.where(keep.view(x.shape[0], 1, *x.shape[2:]), x_adv, x)
+
+    def random_start(self, x: Images, draws: Draws) -> Images:
+        """A uniformly drawn point of the ball around `x`, then projected into the box too."""
+        pixels = x[0].numel()
+        if self.norm == "linf":
+            delta = draws.uniform(pixels).mul_(2).sub_(1).mul_(self.epsilon)
+        elif self.norm == "l2":
+            delta = draws.normal(pixels)
+            radius = draws.uniform(1) ** (1 / pixels) * self.epsilon
+            delta *= radius / delta.norm(dim=1, keepdim=True)
+        elif self.norm == "l1":
+            # Exponential magnitudes divided by their sum and one more: uniform in the simplex.
+            magnitude = -draws.uniform(pixels).log()
+            total = magnitude.sum(1, keepdim=True) - draws.uniform(1).log()
+            delta = magnitude / total * (draws.uniform(pixels) - 0.5).sign() * self.epsilon
+        else:
+            return self._random_pixels(x, draws)
+        return self.project(x + delta.view_as(x).to(x.dtype), x)
+
+    def _random_pixels(self, x: Images, draws: Draws) -> Images:
+        places = x[0, 0].numel()
+        colour = draws.uniform(x[0].numel()).view_as(x).to(x.dtype)
+        chosen = draws.uniform(places).topk(min(int(self.epsilon), places), dim=1).indices
+        keep = torch.zeros(x.shape[0], places, dtype=torch.bool, device=x.device)
+        keep.scatter_(1, chosen, True)
+        return torch.where(keep.view(x.shape[0], 1, *x.shape[2:]), colour, x)
+
+    def direction(self, gradient: Tensor, x_adv: Images) -> Tensor:
+        """The step of unit size along which the loss rises most; 0 where the gradient is 0.
+
+        linf: the sign; l2: the normalised gradient; l1: the sign on the 1% of entries with the
+        largest gradient among those the box still lets move (Tramer and Boneh 2019,
+        arXiv:1904.13000: a single entry a step, the true steepest ascent, needs too many steps).
+        """
+        if self.norm == "linf":
+            return gradient.sign()
+        flat = gradient.flatten(1)
+        if self.norm == "l2":
+            # Scaled first: squares of tiny float32 gradients would underflow.
+            flat = flat / flat.abs().amax(1, keepdim=True).clamp_(min=1e-38)
+            return torch.nn.functional.normalize(flat, dim=1).view_as(gradient)
+        if self.norm != "l1":
+            raise UserError("a gradient step is not defined under l0; choose an l0 attack")
+        blocked = ((x_adv <= 0) & (gradient < 0)) | ((x_adv >= 1) & (gradient > 0))
+        flat = flat.masked_fill(blocked.flatten(1), 0)
+        count = max(1, round(flat.shape[1] / 100))
+        largest = flat.abs().topk(count, dim=1).indices
+        step = torch.zeros_like(flat).scatter_(1, largest, flat.gather(1, largest).sign())
+        return (step / step.abs().sum(1, keepdim=True).clamp_(min=1)).view_as(gradient)
+
+    def check(self, x_adv: Images, x: Images) -> None:
+        """Raise `BudgetError` for the first image outside the ball or the box, or not a number."""
+        if x_adv.shape != x.shape:
+            raise BudgetError(
+                f"the attack returned shape {tuple(x_adv.shape)}; expected {tuple(x.shape)}"
+            )
+        finite = torch.isfinite(x_adv).flatten(1).all(1)
+        if not finite.all():
+            raise BudgetError("the attack returned NaN or infinity", image=_first(~finite))
+        excess = torch.maximum(-x_adv, x_adv - 1).flatten(1).amax(1)
+        if (excess > TOLERANCE).any():
+            image = _first(excess > TOLERANCE)
+            values = x_adv[image]
+            raise BudgetError(
+                f"pixels from {values.min():.7g} to {values.max():.7g} leave [0, 1]", image=image
+            )
+        size = self.size(x_adv, x)
+        outside = size > self.epsilon + TOLERANCE * max(1.0, self.epsilon)
+        if outside.any():
+            image = _first(outside)
+            raise BudgetError(
+                f"a perturbation of {self.norm} size {size[image]:.7g} exceeds epsilon "
+                f"{self.epsilon:.7g}",
+                image=image,
+            )
+
+
+class BudgetError(FoulError):
+    """An attack returned something outside its threat model: a defect of the attack.
+
+    `image` is the position of the first such image in the batch, `reason` the rest of the message.
+    """
+
+    def __init__(self, reason: str, *, image: int | None = None) -> None:
+        super().__init__(reason if image is None else f"image {image}: {reason}")
+        self.reason = reason
+        self.image = image
+
+
+def _first(mask: Tensor) -> int:
+    return int(mask.nonzero()[0, 0])
+
+
+def _shrink_l2(magnitude: Tensor, room: Tensor, radius: float) -> Tensor:
+    """min(s * magnitude, room) with the largest s in [0, 1] that keeps the l2 norm at `radius`.
+
+    The set of entries that their room holds back only grows as s grows, so solving for s with the
+    set fixed and enlarging it ends after finitely many turns, exactly.
+    """
+    held = torch.zeros_like(magnitude, dtype=torch.bool)
+    while True:
+        free = magnitude.masked_fill(held, 0).square().sum(1, keepdim=True)
+        spent = room.masked_fill(~held, 0).square().sum(1, keepdim=True)
+        scale = ((radius**2 - spent).clamp_(min=0) / free.clamp(min=1e-30)).sqrt_().clamp_(max=1)
+        more = (scale * magnitude > room) & ~held
+        if not more.any():
+            return torch.minimum(scale * magnitude, room)
+        held |= more
+
+
+def _shrink_l1(magnitude: Tensor, room: Tensor, radius: float) -> Tensor:
+    """clip(magnitude - cut, 0, room) with the smallest cut >= 0 that keeps the sum at `radius`.
+
+    The sum falls piecewise linearly in the cut: entry i stays at `room` until `magnitude - room`,
+    then falls with slope one until `magnitude`. Sorting those points finds the piece exactly.
+    """
+    magnitude, room = magnitude.double(), room.double()
+    leaves = (magnitude - room).clamp_(min=0)  # where an entry begins to fall; 0: from the start
+    points = torch.cat((leaves, magnitude), 1)
+    slopes = torch.cat((-torch.ones_like(leaves), torch.ones_like(magnitude)), 1)
+    points, order = points.sort(1)
+    slopes = slopes.gather(1, order).cumsum(1)  # the slope right of each point
+    start = torch.minimum(magnitude, room).sum(1, keepdim=True)
+    steps = slopes[:, :-1] * points.diff(dim=1)
+    totals = torch.cat((start, start + steps.cumsum(1)), 1)  # the sum when cut is at each point
+    last = (totals > radius).sum(1, keepdim=True).sub_(1).clamp_(min=0)
+    slope = slopes.gather(1, last).clamp_(max=-1e-12)
+    cut = points.gather(1, last) + (radius - totals.gather(1, last)) / slope
+    cut.clamp_(min=0)
+    return torch.minimum((magnitude - cut).clamp_(min=0), room).float()
