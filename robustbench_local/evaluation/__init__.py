@@ -1,0 +1,19 @@
+"""Judge, oracle, audit: what turns the output of an attack into a number that can be believed."""
+
+from robustbench_local.evaluation.audit import Flag, audit
+from robustbench_local.evaluation.evaluate import Judging, Outcomes, PerExample, evaluate
+from robustbench_local.evaluation.judge import Verdict, judge
+from robustbench_local.evaluation.oracle import Oracle, QueryBudgetError
+
+__all__ = [
+    "Flag",
+    "Judging",
+    "Oracle",
+    "Outcomes",
+    "PerExample",
+    "QueryBudgetError",
+    "Verdict",
+    "audit",
+    "evaluate",
+    "judge",
+]

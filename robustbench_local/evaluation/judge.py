@@ -1,0 +1,98 @@
+"""The judge: what an attack returned is believed only after looking again.
+
+An exact forward pass through the whole deployed pipeline (float32, no TF32, eval mode), with fresh
+random draws the attack never saw, and the budget and the box checked.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustbench_local.errors import UserError
+from robustbench_local.evaluation.oracle import check_logits
+from robustbench_local.gradients import pristine
+from robustbench_local.randomness import derive_seed
+from robustbench_local.threat import ThreatModel
+from robustbench_local.types import Images, Labels, Model
+
+VERSION = 1
+"""Raised whenever a judgement could come out differently; part of the comparability key."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the victim classified a batch of images; all of shape (N,), on the CPU."""
+
+    correct: Tensor  # (N, draws) bool
+    prediction: Tensor  # int64, of the first draw
+    size: Tensor  # float64, under the norm of the threat model
+
+
+@contextmanager
+def exact(model: Model) -> Iterator[None]:
+    """Full float32 precision, deterministic kernels, frozen weights, eval mode; then as before."""
+    cudnn = torch.backends.cudnn
+    precision = torch.get_float32_matmul_precision()
+    flags = (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+    torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, True, False
+    try:
+        with pristine(model), torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = flags
+
+
+def judge(
+    victim: Model,
+    x_adv: Images,
+    x: Images,
+    y: Labels,
+    threat: ThreatModel,
+    *,
+    num_classes: int,
+    draws: int = 1,
+    seed: int = 0,
+    reseed: Callable[[int], None] | None = None,
+) -> Verdict:
+    """Classify `x_adv`, which must lie in the threat model around `x`.
+
+    `draws` forward passes, each after `reseed` (which seeds the victim's own generators) with a
+    seed derived from `seed`; more than one makes sense for randomised victims only. Raises
+    `BudgetError` for an image outside the threat model, `UserError` for images outside [0, 1] and
+    for a victim that returns the wrong shape or NaN.
+    """
+    check_images(x, y, num_classes)
+    threat.check(x_adv, x)
+    votes, prediction = [], None
+    with exact(victim):
+        for draw in range(draws):
+            draw_seed = derive_seed(seed, "judge", draw)
+            torch.manual_seed(draw_seed)
+            if reseed is not None:
+                reseed(draw_seed)
+            answer = check_logits(victim(x_adv.float()), x, num_classes).argmax(1)
+            votes.append(answer == y)
+            prediction = answer if prediction is None else prediction
+    assert prediction is not None
+    return Verdict(torch.stack(votes, 1).cpu(), prediction.cpu(), threat.size(x_adv, x).cpu())
+
+
+def check_images(x: Images, y: Labels, num_classes: int) -> None:
+    """Raise `UserError` for pixels outside [0, 1] or NaN, and for labels out of range."""
+    if len(x) == 0:
+        return
+    low, high = (float(value) for value in torch.aminmax(x))
+    if not 0 <= low <= high <= 1:  # also false for NaN
+        raise UserError(
+            f"images hold pixels from {low:g} to {high:g}; expected float32 in [0, 1]: divide by "
+            "255 and leave normalisation to the model's first layer"
+        )
+    if int(y.min()) < 0 or int(y.max()) >= num_classes:
+        raise UserError(
+            f"labels run from {int(y.min())} to {int(y.max())}; expected 0 to {num_classes - 1}"
+        )

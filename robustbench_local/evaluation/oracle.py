@@ -1,0 +1,86 @@
+"""What the attacker may see of the victim, and what it costs."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustbench_local.errors import UserError
+from robustbench_local.threat import ThreatModel
+from robustbench_local.types import Images, Logits, Model
+
+
+class QueryBudgetError(UserError):
+    """An attack asked for more forward passes than its threat model grants."""
+
+
+class Oracle(nn.Module):
+    """The victim behind a counter, with no more access than the threat model grants.
+
+    Under `gradients` its output carries a graph; under `scores` it is cut off; under `labels` it
+    is the one-hot vector of the predicted class. `forward_passes` and `backward_passes` count
+    images. Raises `QueryBudgetError` when the budget of the examples announced with `begin` is
+    spent, and `UserError` where the victim returns a wrong shape or numbers that are not finite.
+    """
+
+    def __init__(self, victim: Model, threat: ThreatModel, num_classes: int) -> None:
+        super().__init__()
+        self.victim = victim
+        self.threat = threat
+        self.num_classes = num_classes
+        self.forward_passes = 0
+        self.backward_passes = 0
+        self._examples = 0
+        self._spent = 0
+
+    def begin(self, examples: int) -> None:
+        """A new batch of this many examples, each with its whole budget."""
+        self._examples, self._spent = examples, 0
+
+    def forward(self, x: Images) -> Logits:
+        """Ask about a batch of images; see the class."""
+        self._charge(len(x))
+        if self.threat.access == "gradients":
+            logits = check_logits(self.victim(x), x, self.num_classes)
+            if logits.requires_grad:
+                logits.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
+            return logits
+        with torch.no_grad():
+            logits = check_logits(self.victim(x.detach()), x, self.num_classes)
+        if self.threat.access == "scores":
+            return logits
+        return functional.one_hot(logits.argmax(1), self.num_classes).to(logits.dtype)
+
+    def _charge(self, images: int) -> None:
+        self.forward_passes += images
+        if self.threat.query_budget is None or self._examples == 0:
+            return
+        # A call with no more images than examples asks at most once about each of them; a larger
+        # one asks several times, spread evenly.
+        self._spent += -(-images // self._examples)
+        if self._spent > self.threat.query_budget:
+            raise QueryBudgetError(
+                f"the attack asked for forward pass {self._spent} of an example but "
+                f"threat.query_budget={self.threat.query_budget}; give the attack fewer steps or "
+                "restarts, or raise threat.query_budget"
+            )
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.backward_passes += len(gradient)
+
+
+def check_logits(logits: Tensor, x: Images, num_classes: int) -> Logits:
+    """Return the logits, or raise `UserError` for a wrong type or shape, NaN or infinity."""
+    expected = (len(x), num_classes)
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+        came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(
+            f"the model returned {came} for images of shape {tuple(x.shape)}; expected logits of "
+            f"shape {expected}: check model._target_ and its last layer"
+        )
+    if not torch.isfinite(logits).all():
+        image = int((~torch.isfinite(logits)).any(1).nonzero()[0, 0])
+        raise UserError(
+            f"the model returned NaN or infinity for image {image} of a batch; expected finite "
+            "logits: check its weights (model.checkpoint) and its normalisation (model.std)"
+        )
+    return logits

@@ -1,0 +1,77 @@
+"""The oracle gives no more than the threat model grants, and counts it."""
+
+import pytest
+import torch
+from torch import nn
+
+from robustbench_local.attacks import PGD, Noise
+from robustbench_local.errors import UserError
+from robustbench_local.evaluation import Oracle, QueryBudgetError
+from robustbench_local.threat import ThreatModel
+
+
+@pytest.fixture
+def victim():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+
+X = torch.linspace(0, 1, 80).reshape(5, 1, 4, 4)
+Y = torch.tensor([0, 1, 2, 0, 1])
+
+
+def oracle(victim, access="gradients", **keywords):
+    return Oracle(victim, ThreatModel(norm="linf", epsilon=0.1, access=access, **keywords), 3)
+
+
+def test_gradients_scores_labels(victim):
+    x = X.clone().requires_grad_()
+    scores = victim(x)
+    assert torch.equal(oracle(victim)(x), scores)
+    assert oracle(victim)(x).requires_grad
+    assert torch.equal(oracle(victim, "scores")(x), scores)
+    assert not oracle(victim, "scores")(x).requires_grad
+    labels = oracle(victim, "labels")(x)
+    assert not labels.requires_grad
+    assert labels.sum(1).tolist() == [1.0] * 5
+    assert torch.equal(labels.argmax(1), scores.argmax(1))
+
+
+def test_forward_and_backward_passes_are_counted_per_image(victim):
+    watched = oracle(victim)
+    x = X.clone().requires_grad_()
+    watched(x).sum().backward()
+    watched(X[:2])
+    assert (watched.forward_passes, watched.backward_passes) == (7, 5)
+
+
+def test_the_query_budget_is_enforced(victim):
+    budgeted = oracle(victim, query_budget=3)
+    budgeted.begin(5)
+    for _ in range(3):
+        budgeted(X)
+    with pytest.raises(QueryBudgetError, match=r"query_budget=3"):
+        budgeted(X)
+    budgeted.begin(5)  # the next batch has its own
+    budgeted(X)
+
+
+def test_a_large_batch_of_candidates_spends_several_queries_of_each_example(victim):
+    budgeted = oracle(victim, query_budget=3)
+    budgeted.begin(5)
+    budgeted(X.repeat(3, 1, 1, 1))
+    with pytest.raises(QueryBudgetError):
+        budgeted(X[:1])
+
+
+def test_an_attack_that_needs_more_access_is_refused(victim):
+    scores = ThreatModel(norm="linf", epsilon=0.1, access="scores")
+    with pytest.raises(UserError, match=r"PGD needs access to gradients .* threat.access=scores"):
+        PGD()(victim, X, Y, scores)
+    assert Noise()(victim, X, Y, scores).shape == X.shape
+
+
+def test_noise_needs_labels_only(victim):
+    labels = ThreatModel(norm="linf", epsilon=0.3, access="labels")
+    through = Noise()(Oracle(victim, labels, 3), X, Y, labels)
+    assert torch.equal(through, Noise()(victim, X, Y, labels))
