@@ -1,0 +1,20 @@
+"""Defenses: a recipe decides the weights, a wrap what the attacker faces.
+
+A new one is a file here and a YAML in conf/defense/.
+"""
+
+from robustbench_local.defenses.adversarial_training import AdversarialTraining
+from robustbench_local.defenses.defense import Defense, Wrapped, Wrapper
+from robustbench_local.defenses.preprocess import Preprocess
+from robustbench_local.defenses.recipe import Criterion, Recipe, Standard
+
+__all__ = [
+    "AdversarialTraining",
+    "Criterion",
+    "Defense",
+    "Preprocess",
+    "Recipe",
+    "Standard",
+    "Wrapped",
+    "Wrapper",
+]

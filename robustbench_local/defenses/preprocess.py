@@ -1,0 +1,81 @@
+"""The base of run-time transforms: exact forward, a gradient the attacker can use backward."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from robustbench_local.types import Images
+
+
+class Preprocess(nn.Module):
+    """A transform of the pixels in front of a model, images in [0, 1] to images of any size.
+
+    Subclasses implement `transform`, the exact transform, which may be random and need not be
+    differentiable. Backward passes take the gradient of `surrogate` in its place (BPDA, Athalye et
+    al. 2018, arXiv:1802.00420): the identity unless a better stand-in is given. A transform that
+    has a useful gradient of its own says `differentiable = True` and needs no surrogate.
+
+    One that draws random numbers says `randomized = True` and takes them from `generator`, never
+    from torch's global one.
+    """
+
+    randomized: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seed = 0
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @abstractmethod
+    def transform(self, x: Images) -> Images:
+        """The exact transform, what the deployed pipeline computes."""
+        raise NotImplementedError
+
+    def surrogate(self, x: Images) -> Images:
+        """A differentiable stand-in, same shape as `transform`'s; only its gradient counts."""
+        return x
+
+    def forward(self, x: Images) -> Images:
+        """The value of `transform`, with the gradient of `surrogate`."""
+        if self.differentiable or not (torch.is_grad_enabled() and x.requires_grad):
+            return self.transform(x)
+        with torch.no_grad():
+            exact = self.transform(x)
+        stand_in = self.surrogate(x)
+        if stand_in.shape != exact.shape:
+            raise ValueError(
+                f"{type(self).__name__}.surrogate returned shape {tuple(stand_in.shape)}; expected "
+                f"that of transform, {tuple(exact.shape)}"
+            )
+        straight: Images = _Straight.apply(exact, stand_in)
+        return straight
+
+    def generator(self, device: torch.device | str) -> torch.Generator:
+        """This module's own generator on a device, where `reseed` put it and draws moved it."""
+        device = torch.device(device)
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+    def reseed(self, seed: int) -> None:
+        """Start the random draws anew from `seed`."""
+        self._seed = seed
+        self._generators.clear()
+
+
+class _Straight(torch.autograd.Function):
+    """The first argument forward, the gradient to the second backward.
+
+    Not `stand_in + (exact - stand_in).detach()`, which rounds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, exact: Tensor, stand_in: Tensor) -> Tensor:
+        return exact.view_as(exact)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]

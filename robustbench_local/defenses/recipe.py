@@ -1,0 +1,78 @@
+"""The train-time half of a defense: what loss a training step descends."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
+
+from torch import Tensor
+
+from robustbench_local.types import Images, Labels, Logits, Model
+
+if TYPE_CHECKING:
+    from robustbench_local.attacks import Attack
+    from robustbench_local.threat import ThreatModel
+
+Criterion: TypeAlias = Callable[[Logits, Labels], Tensor]
+"""Mean loss of a batch, a scalar: cross-entropy with the schedule's label smoothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """Decides the weights. Subclasses are frozen dataclasses; their fields enter the cache key.
+
+    Fields may be plain values, other dataclasses (an attack, a threat model), and lists or mappings
+    of these. `adversarial` says whether the loss is taken on perturbed images; such a recipe names
+    a `validation_attack`.
+    """
+
+    adversarial: ClassVar[bool]
+
+    @abstractmethod
+    def loss(
+        self,
+        model: Model,
+        x: Images,
+        y: Labels,
+        *,
+        criterion: Criterion,
+        progress: float,
+        step: int,
+        seed: int,
+    ) -> tuple[Tensor, Logits]:
+        """The scalar training loss, and the logits the training accuracy is counted on.
+
+        `model` is in train mode, `progress` the share of the training that is over, in [0, 1), and
+        `step` the number of the step. Every draw must derive from `seed` and `step`, so that a
+        training that was killed goes on as if nothing had happened.
+        """
+
+    def validation_attack(self) -> "tuple[Attack, ThreatModel] | None":
+        """What the robust validation accuracy is measured with; None where there is none."""
+        return None
+
+    def settled(self, progress: float) -> bool:
+        """Whether training is past its warm-up here: only such epochs may be selected."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standard(Recipe):
+    """Plain cross-entropy on the images as they are: no defense."""
+
+    adversarial: ClassVar[bool] = False
+
+    def loss(
+        self,
+        model: Model,
+        x: Images,
+        y: Labels,
+        *,
+        criterion: Criterion,
+        progress: float,
+        step: int,
+        seed: int,
+    ) -> tuple[Tensor, Logits]:
+        """See `Recipe.loss`."""
+        logits: Logits = model(x)
+        return criterion(logits, y), logits

@@ -1,0 +1,90 @@
+"""What tells a training that failed although its numbers look fine."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from robustbench_local.training.validation import robust_accuracy
+from robustbench_local.types import Model
+
+if TYPE_CHECKING:
+    from robustbench_local.data import Dataset
+    from robustbench_local.defenses.recipe import Recipe
+    from robustbench_local.training.course import Course
+
+DROP = 0.2
+"""A collapse: robust validation accuracy falls by more than this from one epoch to the next."""
+
+GAP = 0.3
+"""Training accuracy above robust accuracy by more than this: the training attack misses much."""
+
+
+def find_warnings(
+    model: Model, data: "Dataset", recipe: "Recipe", course: "Course"
+) -> tuple[str, ...]:
+    """Sentences about a finished training, each after a short id and a colon.
+
+    `model` has the weights of the last epoch, which need not be the one selected.
+    """
+    history, best = course.history, course.selected
+    found = [_at_chance(data, history[best - 1])]
+    attack = recipe.validation_attack()
+    if attack is not None:
+        settled = [entry for entry in history if entry["settled"]]
+        found.append(_collapse(settled, best))
+        last = history[-1]
+        gap = last["train_accuracy"] - last["robust_validation_accuracy"]
+        if last["settled"] and gap > GAP:
+            # The same images the training accuracy is counted on, so that memorising them is not
+            # taken for masking.
+            known = robust_accuracy(model, data.train, *attack)
+            found.append(_gap(last, known))
+    return tuple(sentence for sentence in found if sentence)
+
+
+def _at_chance(data: "Dataset", entry: Mapping[str, Any]) -> str:
+    labels = data.validation.labels
+    chance = int(torch.bincount(labels).max()) / len(labels)
+    accuracy = entry["validation_accuracy"]
+    margin = 2 * (chance * (1 - chance) / len(labels)) ** 0.5
+    if accuracy > chance + margin:
+        return ""
+    return (
+        f"validation_at_chance: validation accuracy is {accuracy:.1%} on {len(labels):,} images "
+        f"and naming the most frequent class alone gives {chance:.1%}; the network has learnt "
+        "nothing, lower train.learning_rate or raise train.epochs"
+    )
+
+
+def _collapse(settled: Sequence[Mapping[str, Any]], best: int) -> str:
+    """The largest fall from one epoch to the next (arXiv:2001.03994, section 5)."""
+    key = "robust_validation_accuracy"
+    falls = [(a[key] - b[key], a, b) for a, b in pairwise(settled)]
+    if not falls:
+        return ""
+    drop, before, after = max(falls, key=lambda fall: fall[0])
+    if drop <= DROP:
+        return ""
+    return (
+        f"catastrophic_overfitting: robust validation accuracy fell from {before[key]:.1%} to "
+        f"{after[key]:.1%} in epoch {after['epoch']}; epoch {best} was selected, train with a "
+        "stronger attack: raise train.adversarial_steps"
+    )
+
+
+def _gap(last: Mapping[str, Any], known: float) -> str:
+    """Training accuracy far above robust accuracy: a weak attack, or memorised images."""
+    trained, robust = last["train_accuracy"], last["robust_validation_accuracy"]
+    if trained - known > GAP:
+        return (
+            f"catastrophic_overfitting: the network ends with {trained:.1%} on the examples it was "
+            f"trained on and {known:.1%} under the validation attack on the same images; the "
+            "training attack is too weak and gradients are masked, raise train.adversarial_steps"
+        )
+    return (
+        f"robust_overfitting: the network ends with {known:.1%} under the validation attack on "
+        f"training images and {robust:.1%} on held-out ones; it has memorised them, add data, "
+        "train.augmentation or train.weight_decay"
+    )

@@ -1,0 +1,193 @@
+"""The training loop.
+
+All randomness of an epoch derives from the seed and the number of the epoch, so going on after a
+kill needs no generator states and ends with the same weights.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustbench_local.errors import UserError
+from robustbench_local.gradients import is_correct
+from robustbench_local.randomness import derive_seed
+from robustbench_local.training.augmentation import augment
+from robustbench_local.training.course import Course, Training
+from robustbench_local.training.progress import Report, epoch_bar
+from robustbench_local.training.schedule import Plan, Schedule
+from robustbench_local.training.validation import correct_images, robust_accuracy
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from robustbench_local.data import Dataset
+    from robustbench_local.defenses.recipe import Recipe
+    from robustbench_local.training.store import StateFile
+
+LOOK_EVERY = 25
+"""Steps between two looks at the loss; each waits for the device."""
+
+
+class TrainingDiverged(UserError):
+    """The loss or the weights are no longer numbers."""
+
+
+def train(
+    model: nn.Module,
+    data: "Dataset",
+    recipe: "Recipe",
+    schedule: Schedule,
+    *,
+    seed: int,
+    device: torch.device,
+    state: "StateFile",
+    console: "Console | None",
+) -> tuple[Training, Course]:
+    """Train to the end, from the last whole epoch in `state` where there is one.
+
+    Returns what holds the last weights, and the course with the selected ones. Raises
+    `TrainingDiverged`, and then keeps nothing.
+    """
+    plan = schedule.plan(len(data.train))
+    training = Training(model, schedule, device)
+    course = state.load(training)
+    with _deterministic():
+        while course.epoch < plan.epochs:
+            started = time.perf_counter()
+            epoch = course.epoch
+            with (
+                seeded(derive_seed(seed, "epoch", epoch), device),
+                epoch_bar(console, epoch + 1, plan.epochs, plan.steps) as report,
+            ):
+                try:
+                    entry = _one_epoch(training, data, recipe, schedule, plan, epoch, seed, report)
+                except TrainingDiverged:
+                    state.remove()
+                    raise
+                entry |= _measure(training.average.model, data, recipe)
+            entry["settled"] = recipe.settled(epoch / plan.epochs)
+            entry["seconds"] = time.perf_counter() - started
+            course.add(entry, training.average.model, last=epoch + 1 == plan.epochs)
+            state.save(training, course)
+    return training, course
+
+
+def _one_epoch(
+    training: Training,
+    data: "Dataset",
+    recipe: "Recipe",
+    schedule: Schedule,
+    plan: Plan,
+    epoch: int,
+    seed: int,
+    report: Report,
+) -> dict[str, Any]:
+    """Every step of an epoch; its mean loss and its accuracy on what it was trained on."""
+    model, optimizer, average = training.model, training.optimizer, training.average
+    device = data.train.labels.device
+    generator = torch.Generator(device).manual_seed(derive_seed(seed, "order", epoch))
+    order = _order(plan, len(data.train), generator)
+    criterion = partial(F.cross_entropy, label_smoothing=schedule.label_smoothing)
+    losses = torch.zeros(plan.steps, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    model.train()
+    for number, index in enumerate(order):
+        step = epoch * plan.steps + number
+        progress = step / plan.total
+        x = augment(data.train.pixels(index), schedule.augmentation, generator)
+        y = data.train.labels[index]
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(progress)
+        optimizer.zero_grad(set_to_none=True)
+        with training.precision():
+            loss, logits = recipe.loss(
+                model, x, y, criterion=criterion, progress=progress, step=step, seed=seed
+            )
+        training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        training.scaler.step(optimizer)
+        training.scaler.update()
+        average.update(model)
+        losses[number] = loss.detach()
+        correct += is_correct(logits, y).sum()
+        done = number + 1
+        if done % LOOK_EVERY == 0 or done == plan.steps:
+            _check_losses(losses[:done], epoch)
+            report(done, float(losses[number]), int(correct) / (done * plan.batch_size))
+    _check_weights(average.model, epoch)
+    return {
+        "epoch": epoch + 1,
+        "loss": float(losses.double().mean()),
+        "train_accuracy": int(correct) / (plan.steps * plan.batch_size),
+    }
+
+
+def _order(plan: Plan, images: int, generator: torch.Generator) -> Tensor:
+    """The images of an epoch, a row per step: every pass a new permutation, no short batch."""
+    full = plan.batches * plan.batch_size
+    passes = [
+        torch.randperm(images, generator=generator, device=generator.device)[:full]
+        for _ in range(plan.passes)
+    ]
+    return torch.cat(passes).view(plan.steps, plan.batch_size)
+
+
+def _measure(model: nn.Module, data: "Dataset", recipe: "Recipe") -> dict[str, Any]:
+    """Validation accuracy, and under the recipe's validation attack where it has one."""
+    right = correct_images(model, data.validation)
+    attack = recipe.validation_attack()
+    return {
+        "validation_accuracy": int(right.sum()) / len(right),
+        "robust_validation_accuracy": (
+            None if attack is None else robust_accuracy(model, data.validation, *attack)
+        ),
+    }
+
+
+def _check_losses(losses: Tensor, epoch: int) -> None:
+    finite = torch.isfinite(losses)
+    if not bool(finite.all()):
+        step = int((~finite).nonzero()[0, 0])
+        raise TrainingDiverged(
+            f"training diverged: the loss is {float(losses[step])} in epoch {epoch + 1}, step "
+            f"{step + 1}; expected a finite number: lower train.learning_rate"
+        )
+
+
+def _check_weights(model: nn.Module, epoch: int) -> None:
+    for name, weight in model.state_dict().items():
+        if not bool(torch.isfinite(weight).all()):
+            raise TrainingDiverged(
+                f"training diverged: {name} is not finite after epoch {epoch + 1}, its last step "
+                "included; expected finite weights: lower train.learning_rate"
+            )
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run the body with torch's global generators seeded, and leave them as they were."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        # Not torch.manual_seed, which would seed other devices too and not restore them.
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Run the body with cuDNN's deterministic kernels, then as before."""
+    cudnn = torch.backends.cudnn
+    flags = (cudnn.deterministic, cudnn.benchmark)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = flags
