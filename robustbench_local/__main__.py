@@ -1,0 +1,57 @@
+"""The command line: finds conf/, lets Hydra compose it, hands over to `run`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+
+from robustbench_local.cli_errors import EXPECTED, sentence
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+PACKAGE = Path(__file__).resolve().parent
+CONF = next(
+    (folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()),
+    PACKAGE / "conf",
+)
+
+
+def main() -> None:
+    """Run what the command line says; exit with 1 after an error and 130 after Ctrl-C."""
+    sys.path.insert(0, os.getcwd())  # a user's own classes, by model._target_
+    failures: list[str] = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def task(config: "DictConfig") -> None:
+        # Imported here: --help must not wait for torch.
+        from robustbench_local.run import run_from_hydra
+
+        try:
+            run_from_hydra(config)
+        except EXPECTED as error:  # the other runs of a sweep go on
+            failures.append(sentence(error, CONF))
+            print(f"error: {failures[-1]}", file=sys.stderr)
+
+    # Hydra would print its own account of an error, in several lines; this makes it raise.
+    told = os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        task()
+    except EXPECTED as error:
+        if told != "1":
+            raise
+        sys.exit(f"error: {sentence(error, CONF)}")
+    except KeyboardInterrupt:
+        print(
+            "interrupted: nothing is torn; the same command goes on from the last finished epoch",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    if failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

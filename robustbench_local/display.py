@@ -1,0 +1,39 @@
+"""Progress and sentences on the way; the result itself is `results.report`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """Tables go to standard output, progress and warnings to standard error."""
+
+    def __init__(self) -> None:
+        self.output = Console(width=None)
+        self.errors = Console(stderr=True)
+
+    def say(self, sentence: str) -> None:
+        """One sentence about what is going on."""
+        self.errors.print(escape(sentence), style="yellow", soft_wrap=True, highlight=False)
+
+    @contextmanager
+    def evaluation(self, label: str, n: int) -> Iterator[Callable[[int, float], None]]:
+        """A bar with the running robust accuracy; yields what `evaluate` calls after each batch."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        hidden = not self.errors.is_terminal
+        with Progress(*columns, console=self.errors, transient=True, disable=hidden) as bar:
+            task = bar.add_task(escape(label), total=n)
+
+            def advance(done: int, robust: float) -> None:
+                text = f"{escape(label)}: robust {100 * robust:.2f}%"
+                bar.update(task, advance=done, description=text)
+
+            yield advance

@@ -1,0 +1,135 @@
+"""What a record says: who it is, what was measured, and everything that decided it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from robustbench_local.data import Dataset
+from robustbench_local.evaluation.audit import Flag
+from robustbench_local.evaluation.evaluate import Outcomes
+from robustbench_local.evaluation.judge import VERSION as JUDGE_VERSION
+from robustbench_local.identity import code_version, content_id, file_sha256
+from robustbench_local.results.environment import environment
+from robustbench_local.results.statistics import wilson
+from robustbench_local.results.store import RECORD_VERSION, Record
+from robustbench_local.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from robustbench_local.training import Trained
+
+AWARENESS = "adaptive"
+"""The attacker faces the defended model; there is no other way yet."""
+
+_CODE = (
+    "attacks", "data", "defenses", "evaluation", "models", "training",
+    "gradients.py", "randomness.py", "run.py", "threat.py",
+)  # fmt: skip
+
+
+def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.device) -> str:
+    """The name of a run: a hash of all that decides its numbers.
+
+    The resolved configuration without folders and `force`; the content of the data and of a given
+    checkpoint in place of their paths; the kind of device; this package's code.
+    """
+    decides = {key: value for key, value in settings.items() if key not in ("paths", "force")}
+    decides["dataset"] = {"fingerprint": data.fingerprint, "test": data.test_fingerprint}
+    decides["device"] = device.type
+    model = dict(decides["model"])
+    if model.get("checkpoint"):
+        model["checkpoint"] = _checkpoint_id(model["checkpoint"])
+    return content_id({**decides, "model": model, "code": code_version(*_CODE)})
+
+
+def comparability(settings: Mapping[str, Any], data: Dataset, threat: ThreatModel) -> str:
+    """Rows with different keys never share a ranking."""
+    return content_id(
+        {
+            "dataset": data.fingerprint,
+            "test": data.test_fingerprint,
+            "threat": asdict(threat),
+            "awareness": AWARENESS,
+            "judge": JUDGE_VERSION,
+        }
+    )
+
+
+def make_record(
+    *,
+    run_id: str,
+    settings: Mapping[str, Any],
+    labels: Mapping[str, Any],
+    data: Dataset,
+    threat: ThreatModel,
+    trained: "Trained",
+    outcomes: Outcomes,
+    flags: list[Flag],
+    device: torch.device,
+) -> Record:
+    """Everything about one finished run, as JSON holds it."""
+    examples = outcomes.examples
+    n = len(examples.labels)
+    clean, robust = examples.clean_correct.sum(), examples.robust_correct.sum()
+    sizes = examples.size[examples.attacked]
+    return {
+        "version": RECORD_VERSION,
+        "run_id": run_id,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "comparability": comparability(settings, data, threat),
+        "labels": dict(labels),
+        "seed": settings["seed"],
+        "n": n,
+        "clean_accuracy": wilson(float(clean), n)._asdict(),
+        "robust_accuracy": wilson(float(robust), n)._asdict(),
+        "attack_success_rate": float((clean - robust) / clean) if clean else None,
+        "perturbation": {
+            "norm": threat.norm,
+            "mean": float(sizes.mean()) if len(sizes) else 0.0,
+            "median": float(np.median(sizes)) if len(sizes) else 0.0,
+            "max": float(sizes.max()) if len(sizes) else 0.0,
+        },
+        "passes_per_attacked_image": {
+            "forward": outcomes.forward_passes,
+            "backward": outcomes.backward_passes,
+        },
+        "seconds": {
+            "training": trained.seconds,
+            "attack": outcomes.attack_seconds,
+            "judge": outcomes.judge_seconds,
+        },
+        "batch_size": outcomes.batch_size,
+        "flags": [asdict(flag) for flag in flags],
+        "dataset": {
+            "name": data.name,
+            "source": data.source,
+            "fingerprint": data.fingerprint,
+            "test_fingerprint": data.test_fingerprint,
+            "test_total": data.test_total,
+            "train": len(data.train),
+            "validation": len(data.validation),
+            "input_shape": list(data.input_shape),
+            "classes": list(data.class_names),
+            "notes": list(data.notes),
+        },
+        "weights": {
+            "key": trained.key,
+            "sha256": trained.sha256,
+            "device": trained.device,
+            "epoch": trained.epoch,
+            "validation": trained.validation,
+            "parameters": sum(weight.numel() for weight in trained.model.parameters()),
+            "warnings": list(trained.warnings),
+        },
+        "environment": environment(device),
+        "config": {key: value for key, value in settings.items() if key != "paths"},
+    }
+
+
+def _checkpoint_id(path: str) -> str:
+    file = Path(path).expanduser()
+    return file_sha256(file) if file.is_file() else path

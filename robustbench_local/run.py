@@ -1,0 +1,210 @@
+"""One run, as a straight line: load, train, defend, attack, judge, audit, record, tabulate."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from robustbench_local.attacks import Attack
+from robustbench_local.data import Dataset, load
+from robustbench_local.defenses import Defense
+from robustbench_local.display import Display
+from robustbench_local.errors import UserError
+from robustbench_local.evaluation import Judging, Oracle, audit, evaluate
+from robustbench_local.identity import file_sha256
+from robustbench_local.models import build_model, check_model, load_checkpoint, model_key
+from robustbench_local.results import Record, Store, write_leaderboard
+from robustbench_local.results.labels import choice_label
+from robustbench_local.results.record import AWARENESS, make_record, run_identity
+from robustbench_local.results.report import show
+from robustbench_local.results.store import check_writable
+from robustbench_local.threat import ThreatModel
+from robustbench_local.training import Schedule, Trained, fit
+
+
+def run_from_hydra(config: DictConfig) -> Record:
+    """`run` for a configuration that Hydra composed; its choices give the names of the row."""
+    runtime = HydraConfig.get().runtime
+    folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
+    return run(config, Choices(dict(runtime.choices), tuple(folders)))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Which file was chosen in each group, and the folders those files lie in."""
+
+    chosen: Mapping[str, str]
+    folders: Sequence[Path]
+
+
+def run(config: DictConfig, choices: Choices) -> Record:
+    """Evaluate one defended model under one attack and return its record.
+
+    A run that is recorded already is shown from its record unless `config.force`. Raises
+    `UserError` before anything is recorded where the configuration, the data, the model or the
+    folders are wrong.
+    """
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    check_settings(settings)
+    display = Display()
+    device = choose_device(config.device)
+    threat: ThreatModel = build(config.threat)
+    attack: Attack = build(config.attack)
+    attack.require(threat)
+    defense: Defense = Defense(**build(config.defense))
+    store, cache = Store(Path(config.paths.results)), Path(config.paths.cache)
+    check_writable(store.records, "paths.results")
+    check_writable(cache, "paths.cache")
+
+    data = load(build(config.dataset), Path(config.paths.data), cache, device)
+    run_id = run_identity(settings, data, device)
+    record = None if config.force else store.find(run_id)
+    known = record is not None
+    if record is None:
+        trained = get_model(settings, data, defense, device, cache, display)
+        victim = defense.apply(trained.model)
+        draws = config.judge_draws if defense.randomized(victim) else 1
+        oracle = Oracle(victim, threat, data.num_classes)
+        attack = attack.fit(oracle, data.validation, threat)
+        with display.evaluation(choices.chosen["attack"], len(data.test)) as progress:
+            outcomes = evaluate(
+                oracle,
+                attack,
+                data.test,
+                batch_size=config.batch_size,
+                judging=Judging(draws=draws, seed=config.seed, reseed=defense.reseeder(victim)),
+                progress=progress,
+                say=display.say,
+            )
+        record = make_record(
+            run_id=run_id,
+            settings=settings,
+            labels=name_row(config, choices, data, defense, threat),
+            data=data,
+            threat=threat,
+            trained=trained,
+            outcomes=outcomes,
+            flags=audit(victim, data, eot_samples=getattr(attack, "eot_samples", 1)),
+            device=device,
+        )
+        store.add(record, outcomes.examples)
+    leaderboard = write_leaderboard(store)
+    show(record, display.output, leaderboard=leaderboard, recorded=known)
+    return record
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise `UserError` where a key beside the groups holds the wrong kind of value."""
+    for key, least in (("seed", 0), ("batch_size", 1), ("judge_draws", 1)):
+        value = settings[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(
+                f"{key}={value} is not a whole number from {least}; type for example "
+                f"{key}={max(least, 10)}"
+            )
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU where there is one. Raises `UserError` for one that is not there."""
+    found = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if found else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < found):
+        return device
+    raise UserError(
+        f"device={name} is not there; expected auto, cpu or one of {found} CUDA devices: type "
+        "device=auto"
+    )
+
+
+def build(node: DictConfig) -> Any:
+    """Instantiate a group of the configuration; its errors are told as the user's own."""
+    try:
+        return instantiate(node, _convert_="object")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError | TypeError):
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", str(cause))
+        if unknown is None:
+            raise
+        group = node._get_full_key(None)
+        raise UserError(
+            f"{group}.{unknown[2]} is not a key of {unknown[1]}; expected one of "
+            f"{', '.join(key for key in map(str, node) if key not in ('_target_', unknown[2]))}: "
+            f"type {group}.KEY=VALUE"
+        ) from None
+
+
+def get_model(
+    settings: Mapping[str, Any],
+    data: Dataset,
+    defense: Defense,
+    device: torch.device,
+    cache: Path,
+    display: Display,
+) -> Trained:
+    """The user's own weights where a checkpoint is given, else trained or from the cache."""
+    model = settings["model"]
+    if model["checkpoint"] is not None:
+        network = build_model(model, data).to(device)
+        load_checkpoint(network, Path(model["checkpoint"]))
+        check_model(network, data, device)
+        return Trained.given(network.eval(), file_sha256(Path(model["checkpoint"])))
+    check_model(build_model(model, data), data, "cpu")  # before minutes are spent on it
+    return fit(
+        lambda: build_model(model, data),
+        data,
+        defense.training_recipe,
+        Schedule.from_config(settings["train"]),
+        seed=settings["seed"],
+        device=device,
+        cache=cache,
+        key={"model": model_key(model)},
+        console=display.errors,
+    )
+
+
+def name_row(
+    config: DictConfig,
+    choices: Choices,
+    data: Dataset,
+    defense: Defense,
+    threat: ThreatModel,
+) -> dict[str, Any]:
+    """The names under which the run appears in tables, see `results.leaderboard.ROW`."""
+
+    def named(group: str, choice: str) -> str:
+        return choice_label(config, group, choice, choices.folders)
+
+    model, train = named("model", choices.chosen["model"]), named("train", choices.chosen["train"])
+    checkpoint = config.model.checkpoint
+    if checkpoint is not None:
+        # Two files may have the same name: the hash tells them apart.
+        file = Path(checkpoint)
+        model, train = f"{model}-{file.stem}-{file_sha256(file)[:8]}", "checkpoint"
+    defenses = [named("defense", name) for name in (*defense.recipe, *defense.wrap)]
+    return {
+        "dataset": data.name,
+        "model": model,
+        "train": train,
+        "defense": "+".join(defenses) or defense.name,
+        "attack": named("attack", choices.chosen["attack"]),
+        "norm": threat.norm,
+        "epsilon": threat.epsilon,
+        "access": threat.access,
+        "awareness": AWARENESS,
+    }

@@ -1,0 +1,284 @@
+"""What a user types and what comes back."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+QUICK = ("+experiment=smoke", "model.width=4", "model.hidden=16", "train.epochs=1")
+
+
+def files(folder="."):
+    """Every file below a folder with its content, but for locks, which stay empty."""
+    return {
+        str(path): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def records():
+    return {
+        path.stem: json.loads(path.read_text()) for path in Path("results/records").glob("*.json")
+    }
+
+
+def test_a_run_leaves_a_table_a_record_and_the_leaderboard(cli):
+    finished = cli(*QUICK)
+    assert finished.code == 0
+    ((run_id, record),) = records().items()
+    for shown in ("clean", "robust", "95% interval", "attack s", "mnist-embedded5k", run_id):
+        assert shown in finished.out
+    assert "EMBEDDED SUBSET" in finished.out
+    examples = np.load(f"results/records/{run_id}.npz")
+    clean, robust = examples["clean_correct"], examples["robust_correct"]
+    assert record["n"] == len(clean) == 100
+    assert record["clean_accuracy"]["value"] == clean.mean()
+    assert record["robust_accuracy"]["value"] == robust.mean()
+    assert record["attack_success_rate"] == pytest.approx(1 - robust.sum() / clean.sum())
+    assert (robust <= clean).all()
+    assert examples["size"].max() <= 0.3 + 1e-6
+    assert record["config"]["attack"]["steps"] == 40
+    for key in ("device", "threads", "packages", "git_commit", "git_dirty", "python"):
+        assert key in record["environment"]
+    table = pd.read_csv("results/leaderboard.csv")
+    assert table.loc[0, "worst_case"] == robust.mean()
+    assert table.loc[0, "run_ids"] == run_id
+    # Nothing beside what the settings name.
+    assert sorted(path.name for path in Path().iterdir()) == ["cache", "results"]
+
+
+def test_the_same_run_is_shown_from_its_record(cli):
+    cli(*QUICK)
+    before = files()
+    started = time.perf_counter()
+    again = cli(*QUICK)
+    assert time.perf_counter() - started < 5
+    assert again.code == 0
+    assert "recorded before" in again.out
+    assert files() == before
+
+
+def test_forced_runs_give_the_same_numbers(cli):
+    cli(*QUICK)
+    ((run_id, first),) = records().items()
+    outcomes = files("results")[f"results/records/{run_id}.npz"]
+    assert cli(*QUICK, "force=true").code == 0
+    ((again, second),) = records().items()
+    assert again == run_id
+    assert files("results")[f"results/records/{run_id}.npz"] == outcomes
+    for key in ("seconds", "finished"):
+        first.pop(key), second.pop(key)
+    first["config"].pop("force"), second["config"].pop("force")
+    assert first == second
+
+
+def test_epsilon_and_attack_train_nothing_again(cli):
+    cli(*QUICK, "defense=adversarial_training")
+    trained = files("cache/weights")
+    cli(*QUICK, "defense=adversarial_training", "threat.epsilon=0.1")
+    cli(*QUICK, "defense=adversarial_training", "attack=fgsm")
+    cli(*QUICK, "defense=adversarial_training", "threat=mnist_l2")
+    assert files("cache/weights") == trained
+    assert len(records()) == 4
+    assert len({record["weights"]["sha256"] for record in records().values()}) == 1
+
+
+def test_the_training_budget_does_not_touch_undefended_weights(cli):
+    cli(*QUICK)
+    trained = files("cache/weights")
+    cli(*QUICK, "train.threat.epsilon=0.1", "train.adversarial_steps=7")
+    assert files("cache/weights") == trained
+    cli(*QUICK, "seed=1")
+    assert len(files("cache/weights")) == 2 * len(trained)
+
+
+def test_a_sweep_makes_one_line_per_row_and_a_column_per_attack(cli):
+    finished = cli("-m", *QUICK, "attack=noise,fgsm", "threat.epsilon=0.1,26/255", "attack.seed=0")
+    assert finished.code == 0
+    table = pd.read_csv("results/leaderboard.csv")
+    assert table["epsilon"].tolist() == [0.1, 26 / 255] or table["epsilon"].tolist() == [
+        26 / 255,
+        0.1,
+    ]
+    assert table[["worst_case", "worst_case_low", "n"]].notna().all(axis=None)
+    worst = table[[c for c in table if c.startswith(("noise", "fgsm")) and "_" not in c[-5:]]]
+    assert len(table) == 2
+    assert (table["worst_case"] <= worst.min(axis=1) + 1e-12).all()
+
+
+def test_a_failing_run_does_not_stop_a_sweep(cli):
+    finished = cli("-m", *QUICK, "attack=noise", "attack.samples=0,1")
+    assert finished.code == 1
+    assert "attack.samples=0" in finished.err
+    assert len(records()) == 1
+
+
+BAD = {
+    "attack=pgdd": "attack=pgdd does not exist; expected one of",
+    "+experiment=nope": "experiment=nope does not exist",
+    "treat=mnist_linf": "type threat=VALUE",
+    "threat.epsilo=0.1": "type threat.epsilon=VALUE",
+    "+attack.restart=2": "expected one of seed, steps, step_size, restarts",
+    "threat.epsilon=-0.1": "is negative",
+    "threat.epsilon=wide": "is not a number",
+    "threat.epsilon=8": "is above 1",
+    "threat.norm=l0 threat.epsilon=1": "does not serve threat.norm=l0",
+    "threat.access=labels": "needs access to gradients",
+    "threat.query_budget=0": "threat.query_budget=0",
+    "threat.query_budget=3": "query_budget=3",
+    "attack.steps=0": "attack.steps=0",
+    "attack.step_size=nan": "NaN",
+    "attack.loss=hinge": "attack.loss=hinge is unknown",
+    "seed=abc": "seed=abc",
+    "batch_size=0": "batch_size=0",
+    "device=cuda:7": "device=cuda:7 is not there",
+    "dataset.source=files": "paths.data=DIR",
+    "dataset.source=web": "dataset.source=",
+    "dataset.test_size=0": "dataset.test_size=0",
+    "dataset.test_size=5000": "5000|5,000",
+    "dataset=npz dataset.path=missing.npz": "missing.npz",
+    "dataset=image_folder dataset.path=missing": "missing",
+    "model._target_=nowhere.Net": "model._target_=nowhere.Net",
+    "+model.depth=3": "depth",
+    "model.checkpoint=missing.pt": "missing.pt",
+    "train.epochs=0": "train.epochs=0",
+    "train.optimizer=adam": "expected one of adamw, sgd",
+    "+defense.recipe.mine=1": "defense",
+    "paths.results=../taken/results": "type paths.results=DIR",
+    "paths.cache=../taken/cache": "type paths.cache=DIR",
+    "attack": "attack",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_one_sentence_and_writes_nothing(cli, words):
+    Path("../taken").write_text("a file in the way")
+    smoke = () if words.startswith(("+experiment", "dataset=")) else ("+experiment=smoke",)
+    finished = cli(*smoke, *words.split())
+    assert finished.code not in (0, None)
+    lines = [line for line in finished.err.splitlines() if line.strip()]
+    assert len(lines) == 1, finished.err
+    assert any(part in lines[0] for part in BAD[words].split("|")), lines[0]
+    assert "Traceback" not in finished.err
+    assert not Path("results").exists()
+    # Weights may have been trained before the fault could show.
+    if "query_budget=3" not in words and "attack.loss" not in words:
+        assert files() == {}
+
+
+def test_bad_checkpoints(cli):
+    torch.save({"weight": torch.zeros(3)}, "other.pt")
+    save_file({"0.weight": torch.zeros(3)}, "other.safetensors")
+    torch.save(torch.nn.Linear(2, 2), "code.pt")
+    for name, complaint in (
+        ("other.pt", "missing"),
+        ("other.safetensors", "missing"),
+        ("code.pt", "pickled code"),
+    ):
+        finished = cli("+experiment=smoke", f"model.checkpoint={name}")
+        assert finished.code == 1
+        assert len(finished.err.strip().splitlines()) == 1
+        assert complaint in finished.err
+    assert not Path("results").exists()
+
+
+NET = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self, num_classes, wrong="nothing"):
+        super().__init__()
+        self.linear = torch.nn.Linear(784, num_classes - (wrong == "shape"))
+        self.wrong = wrong
+    def forward(self, x):
+        logits = self.linear(x.flatten(1))
+        return logits * float("nan") if self.wrong == "number" else logits
+"""
+
+
+def test_a_model_of_ones_own(cli):
+    Path("mine.py").write_text(NET)
+    mine = ("+experiment=smoke", "model=custom", "model._target_=mine.Net", "train.epochs=1")
+    for wrong in ("shape", "number"):
+        finished = cli(*mine, f"+model.wrong={wrong}")
+        assert finished.code == 1
+        assert len(finished.err.strip().splitlines()) == 1
+        assert "the model returned" in finished.err
+    assert not Path("results").exists()
+    assert cli(*mine).code == 0
+    (record,) = records().values()
+    assert record["labels"]["model"] == "custom-Net"
+    assert record["clean_accuracy"]["value"] > 0.5
+
+
+def test_ones_own_weights_are_evaluated_and_not_trained(cli):
+    cli(*QUICK)
+    (cached,) = Path("cache/weights").glob("*.safetensors")
+    Path("copy.safetensors").write_bytes(cached.read_bytes())
+    before = files("cache")
+    assert cli(*QUICK, "model.checkpoint=copy.safetensors").code == 0
+    assert files("cache") == before
+    trained, given = sorted(records().values(), key=lambda record: record["finished"])
+    assert given["robust_accuracy"] == trained["robust_accuracy"]
+    assert given["clean_accuracy"] == trained["clean_accuracy"]
+    assert len(pd.read_csv("results/leaderboard.csv")) == 2
+
+
+def test_a_folder_of_ones_own_configurations(cli):
+    Path("mine/attack").mkdir(parents=True)
+    Path("mine/attack/gentle.yaml").write_text(
+        "_target_: robustbench_local.attacks.PGD\nseed: ${seed}\nsteps: 2\nstep_size: 0.5\n"
+    )
+    finished = cli("--config-dir", "mine", *QUICK, "attack=gentle", "attack.steps=3")
+    assert finished.code == 0
+    assert [record["labels"]["attack"] for record in records().values()] == ["gentle-steps3"]
+
+
+def run_process(*words, cwd, **keywords):
+    return subprocess.run(
+        [sys.executable, "-m", "robustbench_local", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        **keywords,
+    )
+
+
+def test_help_is_quick_and_names_groups_and_commands(tmp_path):
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        finished = run_process("--help", cwd=tmp_path)
+        seconds.append(time.perf_counter() - started)
+    assert finished.returncode == 0
+    assert min(seconds) < 2
+    for group in ("attack", "dataset", "defense", "experiment", "model", "threat", "train"):
+        assert group in finished.stdout
+    assert finished.stdout.count("python -m robustbench_local") == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_heavy_libraries_are_not_imported_for_help_nor_unused_ones_for_a_run(tmp_path):
+    code = (
+        "import sys; sys.argv = ['x', *{words}]\n"
+        "from robustbench_local.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', *[m for m in ('torch', 'art', 'torchattacks', 'torchvision') "
+        "if m in sys.modules])"
+    )
+    for words, expected in ((["--help"], []), ([*QUICK], ["torch"])):
+        finished = subprocess.run(
+            [sys.executable, "-c", code.replace("{words}", repr(words))],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert finished.stdout.splitlines()[-1].split() == ["LOADED", *expected], finished.stderr

@@ -1,0 +1,96 @@
+"""Every configuration file composes and builds; every command that is quoted composes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from robustbench_local.__main__ import CONF
+from robustbench_local.attacks import Attack
+from robustbench_local.data import Source
+from robustbench_local.defenses import Defense
+from robustbench_local.run import build
+from robustbench_local.threat import ThreatModel
+from robustbench_local.training import Schedule
+
+ROOT = Path(__file__).parents[2]
+GROUPS = ("attack", "dataset", "defense", "model", "threat", "train")
+FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md")), CONF / "config.yaml"]
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides), return_hydra_config=True)
+
+
+@pytest.mark.parametrize(("group", "choice"), FILES)
+def test_every_file_builds_what_its_group_means(group, choice):
+    config = composed(f"{group}={choice}")
+    node = config[group]
+    if group == "attack":
+        assert isinstance(build(node), Attack)
+    elif group == "dataset":
+        assert isinstance(build(node), Source)
+    elif group == "threat":
+        assert isinstance(build(node), ThreatModel)
+    elif group == "defense":
+        assert Defense(**build(node)).name == choice
+    elif group == "train":
+        Schedule.from_config(OmegaConf.to_container(node, resolve=True))
+    elif choice == "custom":
+        assert OmegaConf.is_missing(node, "_target_")
+    else:
+        arguments = {key: node[key] for key in node if key not in ("checkpoint", "mean", "std")}
+        network = instantiate(arguments, input_shape=(3, 32, 32), num_classes=7)
+        assert sum(weight.numel() for weight in network.parameters()) > 1000
+
+
+@pytest.mark.parametrize("choice", [path.stem for path in (CONF / "experiment").glob("*.yaml")])
+def test_every_experiment_composes(choice):
+    config = composed(f"+experiment={choice}")
+    assert isinstance(build(config.attack), Attack)
+
+
+@pytest.mark.parametrize("dataset", [path.stem for path in (CONF / "dataset").glob("*.yaml")])
+def test_training_and_threat_follow_the_dataset(dataset):
+    choices = composed(f"dataset={dataset}").hydra.runtime.choices
+    assert choices.train == dataset
+    assert choices.threat == f"{dataset}_linf"
+
+
+def test_defenses_can_be_given_alone_or_as_a_list():
+    alone = composed("defense=adversarial_training").defense
+    listed = composed("defense=[adversarial_training]").defense
+    assert alone == listed
+    assert Defense(**build(listed)).name == "adversarial_training"
+    assert Defense(**build(composed("defense=[]").defense)).name == "none"
+
+
+def commands():
+    for page in PAGES:
+        for line in page.read_text().replace("\\\n", " ").splitlines():
+            for quoted in re.findall(r"python3? -m robustbench_local\b([^`\n]*)", line):
+                yield pytest.param(quoted.split("#")[0].strip(), id=f"{page.name}:{quoted.strip()}")
+
+
+@pytest.mark.parametrize("command", list(commands()))
+def test_every_quoted_command_composes(command):
+    words = [word for word in shlex.split(command) if not word.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(words)
+    first = [
+        f"{override.input_line.split('=')[0]}={next(iter(override.sweep_string_iterator()))}"
+        if override.is_sweep_override()
+        else override.input_line
+        for override in parsed
+    ]
+    composed(*first)
+
+
+def test_the_readme_quotes_commands():
+    assert len(list(commands())) >= 10

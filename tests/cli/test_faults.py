@@ -1,0 +1,175 @@
+"""A run killed at any moment resumes, loses nothing, and ends with an unbroken run's numbers."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+
+# Long enough for a kill to hit training, attack and writing: some seconds of work after start-up.
+JOB = (
+    "+experiment=smoke",
+    "model.width=4",
+    "model.hidden=16",
+    "train.epochs=8",
+    "train.min_steps=800",
+    "dataset.test_size=1000",
+    "defense=adversarial_training",
+)
+BRIEF = ("train.epochs=2", "train.min_steps=1")
+LONG = ("attack.restarts=3", "attack.steps=60")
+OLDER = ("attack=fgsm", "train.epochs=1", "train.min_steps=1")
+
+
+def start(folder, *words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "robustbench_local", *JOB, *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(folder, *words):
+    job = start(folder, *words)
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    return output
+
+
+def numbers(folder):
+    """What a record says apart from times, and what happened to every example."""
+    found = {}
+    for path in sorted((folder / "results/records").glob("*.json")):
+        record = json.loads(path.read_text())
+        for key in ("finished", "seconds"):
+            record.pop(key)
+        arrays = np.load(path.with_suffix(".npz"))
+        found[path.stem] = (record, {key: arrays[key].tolist() for key in arrays})
+    return found
+
+
+def check_whole(folder, finished_runs):
+    """The leaderboard, whenever there is one, is whole and has every finished run."""
+    path = folder / "results/leaderboard.csv"
+    if path.exists():
+        table = pd.read_csv(path)
+        assert len(table) >= 1
+        listed = set(" ".join(table["run_ids"]).split())
+        assert finished_runs <= listed
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """A folder with one finished run, which must never get lost."""
+    folder = tmp_path_factory.mktemp("before")
+    finish(folder, *OLDER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(before, tmp_path_factory):
+    """The numbers of both runs where nothing is killed, and the seconds the long one takes."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    shutil.copytree(before, folder)
+    began = time.perf_counter()
+    finish(folder, *LONG)
+    return numbers(folder), time.perf_counter() - began
+
+
+@pytest.fixture(scope="module")
+def brief(before, tmp_path_factory):
+    """The same for a run of two epochs."""
+    folder = tmp_path_factory.mktemp("brief") / "run"
+    shutil.copytree(before, folder)
+    finish(folder, *BRIEF)
+    return numbers(folder)
+
+
+def stage(folder):
+    """Where a killed run was, by what it left."""
+    if len(list((folder / "results/records").iterdir())) > 2:
+        return "writing"
+    if len(list((folder / "cache/weights").glob("*.json"))) > 1:
+        return "attack"
+    return "training" if list((folder / "cache/training").glob("*.pt")) else "start"
+
+
+def test_kill_at_random_moments(before, unbroken, tmp_path):
+    expected, seconds = unbroken
+    older = set(numbers(before))
+    # Always the same moments as shares of the run: a failure can be had again.
+    moments = random.Random(7)
+    stages = set()
+    for kill in range(KILLS):
+        folder = tmp_path / f"kill{kill}"
+        shutil.copytree(before, folder)
+        job = start(folder, *LONG)
+        try:
+            job.wait(moments.uniform(0.2, 1.05) * seconds)
+        except subprocess.TimeoutExpired:
+            job.send_signal(signal.SIGKILL)
+        job.communicate()
+        stages.add(stage(folder))
+        check_whole(folder, older)
+        finish(folder, *LONG)
+        assert numbers(folder) == expected
+        check_whole(folder, set(expected))
+        assert not list(folder.rglob("*.damaged"))
+    assert {"training", "attack"} <= stages
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync"])
+@pytest.mark.parametrize("count", range(1, 8))
+def test_kill_at_every_write(before, brief, tmp_path, function, count):
+    """Not left to chance: die before the n-th rename or flush of the run."""
+    folder = tmp_path / "run"
+    shutil.copytree(before, folder)
+    code = (
+        "import os, signal, sys\n"
+        f"real, left = os.{function}, [{count}]\n"
+        "def deadly(*words, **keywords):\n"
+        "    left[0] -= 1\n"
+        "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*words, **keywords)\n"
+        f"os.{function} = deadly\n"
+        f"sys.argv = ['robustbench_local', *{[*JOB, *BRIEF]!r}]\n"
+        "from robustbench_local.__main__ import main\n"
+        "main()\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    check_whole(folder, set(numbers(before)))
+    finish(folder, *BRIEF)
+    assert numbers(folder) == brief
+    check_whole(folder, set(brief))
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_ctrl_c_exits_130_and_goes_on_where_it_was(before, unbroken, tmp_path):
+    expected, _ = unbroken
+    folder = tmp_path / "run"
+    shutil.copytree(before, folder)
+    job = start(folder, *LONG)
+    while not list(folder.glob("cache/training/*.pt")):
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGINT)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert len(output.strip().splitlines()) == 1, output
+    assert "Traceback" not in output
+    assert not list(folder.rglob("*.tmp"))
+    finish(folder, *LONG)
+    assert numbers(folder) == expected

@@ -1,0 +1,171 @@
+"""The leaderboard is folded from records alone, exactly and safely."""
+
+import json
+import multiprocessing
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from robustbench_local.errors import UserError
+from robustbench_local.evaluation import PerExample
+from robustbench_local.results import Store, fold, wilson, write_leaderboard
+from robustbench_local.results.store import check_writable
+
+
+def examples(robust, clean=None):
+    robust = np.asarray(robust, float)
+    n = len(robust)
+    clean = np.ones(n) if clean is None else np.asarray(clean, float)
+    whole = np.zeros(n, np.int64)
+    return PerExample(np.arange(n), whole, clean, robust, whole, whole, clean > 0, np.zeros(n))
+
+
+def record(
+    run_id, outcome, *, attack="pgd", seed=0, finished="2026-01-01T00:00:00", flags=(), **labels
+):
+    n = len(outcome.labels)
+    names = {
+        "dataset": "mnist", "model": "small_cnn", "train": "mnist", "defense": "none",
+        "norm": "linf", "epsilon": 0.3, "access": "gradients", "awareness": "adaptive",
+    }  # fmt: skip
+    return {
+        "version": 1,
+        "run_id": run_id,
+        "finished": finished,
+        "comparability": labels.pop("comparability", "key"),
+        "labels": {**names, **labels, "attack": attack},
+        "seed": seed,
+        "n": n,
+        "clean_accuracy": wilson(outcome.clean_correct.sum(), n)._asdict(),
+        "robust_accuracy": wilson(outcome.robust_correct.sum(), n)._asdict(),
+        "flags": [{"name": name, "severe": severe} for name, severe in flags],
+    }
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path)
+
+
+def add(store, run_id, robust, **keywords):
+    outcome = examples(robust, keywords.pop("clean", None))
+    store.add(record(run_id, outcome, **keywords), outcome)
+
+
+def test_worst_case_is_per_example_then_averaged(store):
+    add(store, "a", [1, 1, 0, 0], attack="fgsm")
+    add(store, "b", [1, 0, 1, 0], attack="pgd")
+    (line,) = fold(store).to_dict("records")
+    assert (line["fgsm"], line["pgd"], line["worst_case"]) == (0.5, 0.5, 0.25)
+    assert [line["worst_case_low"], line["worst_case_high"]] == list(wilson(1, 4)[1:])
+    assert line["clean_accuracy"] == 1.0
+    assert line["run_ids"] == "a b"
+    assert line["status"] == "provisional"
+
+
+def test_seeds_are_averaged_and_worst_cases_taken_within_a_seed(store):
+    add(store, "a", [1, 0], attack="fgsm", seed=0)
+    add(store, "b", [0, 1], attack="pgd", seed=0)
+    add(store, "c", [1, 1], attack="fgsm", seed=1)
+    add(store, "d", [1, 1], attack="pgd", seed=1)
+    add(store, "e", [0, 0], attack="noise", seed=1)  # met by one seed only: not in the worst case
+    (line,) = fold(store).to_dict("records")
+    assert (line["seeds"], line["fgsm"], line["worst_case"], line["noise"]) == (
+        "0 1",
+        0.75,
+        0.5,
+        0.0,
+    )
+
+
+def test_a_cell_run_twice_counts_once_the_latest(store):
+    add(store, "old", [0, 0], finished="2026-01-01T00:00:00")
+    add(store, "new", [1, 1], finished="2026-01-02T00:00:00")
+    (line,) = fold(store).to_dict("records")
+    assert (line["pgd"], line["run_ids"]) == (1.0, "new")
+
+
+def test_sorted_by_worst_case_within_a_comparability_key(store):
+    add(store, "a", [0, 0, 1], defense="weak", comparability="k1")
+    add(store, "b", [1, 1, 1], defense="strong", comparability="k1")
+    add(store, "c", [1, 1, 0], defense="other", comparability="k2")
+    assert fold(store)["defense"].tolist() == ["strong", "weak", "other"]
+
+
+def test_a_severe_flag_withholds_the_rank(store):
+    add(store, "a", [1, 1], attack="standard", defense="good")
+    add(store, "b", [1, 0], attack="standard", flags=[("zero_gradient", True), ("subset", False)])
+    table = fold(store).set_index("defense")
+    assert table.loc["good", "status"] == "ranked"
+    assert table.loc["none", "status"] == "withheld"
+    assert table.loc["none", "flags"] == "subset zero_gradient"
+
+
+def test_different_rows_do_not_merge(store):
+    add(store, "a", [1, 1])
+    add(store, "b", [0, 0], train="mnist-epochs1")
+    add(store, "c", [0, 0], epsilon=0.1)
+    assert len(fold(store)) == 3
+
+
+def test_a_lost_or_torn_leaderboard_is_rebuilt(store):
+    add(store, "a", [1, 0])
+    path = write_leaderboard(store)
+    good = path.read_bytes()
+    path.write_bytes(good[:20])
+    assert write_leaderboard(store).read_bytes() == good
+    path.unlink()
+    assert write_leaderboard(store).read_bytes() == good
+    assert pd.read_csv(path)["pgd"].tolist() == [0.5]
+
+
+def test_damaged_records_are_named_and_not_counted(store):
+    for run_id in "abcd":
+        add(store, run_id, [1, 0], defense=run_id)
+    (store.records / "a.json").write_text('{"version": 1, "run_')
+    (store.records / "b.npz").write_bytes(b"nothing")
+    foreign = json.loads((store.records / "c.json").read_text())
+    (store.records / "c.json").write_text(json.dumps({**foreign, "run_id": "x"}))
+    with pytest.warns(UserWarning, match="not counted") as caught:
+        table = fold(store)
+    assert table["defense"].tolist() == ["d"]
+    assert sorted(str(w.message).split()[1] for w in caught) == ["a.json", "b.json", "c.json"]
+    with pytest.warns(UserWarning):
+        assert store.find("a") is None
+    assert store.find("d")["run_id"] == "d"
+    assert store.find("never") is None
+
+
+def test_an_empty_store_gives_an_empty_table(store):
+    assert len(fold(store)) == 0
+    assert write_leaderboard(store).exists()
+
+
+def _write(folder, worker):
+    store = Store(folder)
+    for k in range(5):
+        add(store, f"{worker}-{k}", [1, 0], defense=f"{worker}-{k}")
+        write_leaderboard(store)
+
+
+def test_parallel_writers_lose_nothing(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_write, args=(tmp_path, w)) for w in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert len(pd.read_csv(tmp_path / "leaderboard.csv")) == 15
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_that_writes_nothing(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    with pytest.raises(
+        UserError, match=r"paths.results=.* cannot be written .*type paths.results="
+    ):
+        check_writable(file / "results", "paths.results")
+    check_writable(tmp_path / "new" / "results", "paths.results")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
