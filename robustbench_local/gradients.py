@@ -80,6 +80,11 @@ def is_correct(logits: Logits, y: Labels) -> Tensor:
     return logits.detach().argmax(1) == y
 
 
+def is_randomized(model: nn.Module) -> bool:
+    """Whether any part of the model declares that it draws random numbers (`randomized = True`)."""
+    return any(getattr(module, "randomized", False) is True for module in model.modules())
+
+
 @contextmanager
 def pristine(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
     """Run the body with `model` frozen and in eval mode; leave everything as it was found.
@@ -91,17 +96,14 @@ def pristine(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     weights = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    # Asking for a GPU's state would start it: only where it is in use already.
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = list(range(torch.cuda.device_count())) if started else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(_started_gpus()):
         try:
             for module, _ in modes:
                 module.training = False
             for weight, _, _ in weights:
                 weight.requires_grad_(False)
             if seed is not None:
-                torch.manual_seed(seed)
+                seed_global(seed)
             yield
         finally:
             for module, mode in modes:
@@ -111,3 +113,20 @@ def pristine(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
                 weight.grad = gradient
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def seed_global(seed: int) -> None:
+    """Seed torch's global generators, of the CPU and of the GPUs in use.
+
+    Unlike `torch.manual_seed` it leaves nothing behind for GPUs that are started later, which
+    `pristine` could not take back.
+    """
+    torch.default_generator.manual_seed(seed)
+    for device in _started_gpus():
+        torch.cuda.default_generators[device].manual_seed(seed)
+
+
+def _started_gpus() -> list[int]:
+    # Asking for the state of a GPU would start it.
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return list(range(torch.cuda.device_count())) if started else []

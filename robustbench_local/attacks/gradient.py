@@ -8,7 +8,7 @@ from torch import Tensor
 
 from robustbench_local.attacks.base import Attack
 from robustbench_local.errors import UserError
-from robustbench_local.gradients import Loss, attack_loss, input_gradient, is_correct
+from robustbench_local.gradients import Loss, attack_loss, input_gradient, is_correct, is_randomized
 from robustbench_local.randomness import Draws, derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Model, Norm
@@ -24,8 +24,8 @@ class PGD(Attack):
     - `restarts`: only examples that survived are attacked again, each time from a fresh start.
     - `loss`: see `attack_loss`. `eot_samples`: forward passes averaged at each step.
     - `early_stop`: an example that is misclassified leaves the batch at once. Only for
-      deterministic victims; it is off by itself where `eot_samples` is above 1, since one lucky
-      draw proves nothing.
+      deterministic victims; it is off by itself where the victim declares randomness or
+      `eot_samples` is above 1.
     - `best_iterate`: return the iterate of highest loss, not the last one.
 
     Deviations from the paper: the two switches above (both only make it stronger), a uniform
@@ -60,7 +60,7 @@ class PGD(Attack):
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """All restarts, each on the survivors of the ones before."""
-        search = _Search(x, stop=self.early_stop and self.eot_samples == 1)
+        search = _Search(x, stop=self._may_stop(model))
         for restart in range(self.restarts):
             alive = search.alive()
             if len(alive) == 0:
@@ -68,6 +68,10 @@ class PGD(Attack):
             draws = Draws(x[alive], derive_seed(self.seed, "pgd", restart))
             self._climb(model, x[alive], y[alive], threat, draws, alive, search)
         return search.best
+
+    def _may_stop(self, model: Model) -> bool:
+        """One lucky draw of a randomised victim proves nothing."""
+        return self.early_stop and self.eot_samples == 1 and not is_randomized(model)
 
     def _climb(
         self,

@@ -11,6 +11,7 @@ from torch import nn
 from robustbench_local.defenses.preprocess import Preprocess
 from robustbench_local.defenses.recipe import Recipe, Standard
 from robustbench_local.errors import UserError
+from robustbench_local.gradients import is_randomized
 from robustbench_local.randomness import derive_seed
 from robustbench_local.types import Images, Logits, Model
 
@@ -83,17 +84,14 @@ class Defense:
 
     def randomized(self, victim: Model) -> bool:
         """Whether any part of the victim draws random numbers."""
-        return bool(_random_parts(victim))
+        return is_randomized(victim)
 
     def reseed(self, victim: Model, seed: int) -> None:
         """Start the draws of every randomised part anew, each from a seed of its own."""
-        for number, part in enumerate(_random_parts(victim)):
+        parts = [part for part in victim.modules() if getattr(part, "randomized", False) is True]
+        for number, part in enumerate(parts):
             part.reseed(derive_seed(seed, "wrap", number))  # type: ignore[operator]
 
     def reseeder(self, victim: Model) -> Callable[[int], None]:
         """`reseed` for this victim, as a function of the seed."""
         return partial(self.reseed, victim)
-
-
-def _random_parts(victim: Model) -> list[nn.Module]:
-    return [part for part in victim.modules() if getattr(part, "randomized", False) is True]

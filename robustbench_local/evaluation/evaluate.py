@@ -13,6 +13,7 @@ from robustbench_local.data import Split
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation.judge import Verdict, judge
 from robustbench_local.evaluation.oracle import Oracle
+from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import BudgetError
 from robustbench_local.types import Images, Labels
 
@@ -128,6 +129,8 @@ def _attack_batch(
     after_clean = _now(x)
 
     chosen = attacked.to(x.device)
+    if judging.reseed is not None:  # the attack's draws are not the judge's
+        judging.reseed(derive_seed(judging.seed, "attack", int(rows[0])))
     oracle.begin(int(chosen.sum()))
     found = attack(oracle, x[chosen], y[chosen], oracle.threat)
     after_attack = _now(x)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation.oracle import check_logits
-from robustbench_local.gradients import pristine
+from robustbench_local.gradients import pristine, seed_global
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Images, Labels, Model
@@ -72,7 +72,7 @@ def judge(
     with exact(victim):
         for draw in range(draws):
             draw_seed = derive_seed(seed, "judge", draw)
-            torch.manual_seed(draw_seed)
+            seed_global(draw_seed)
             if reseed is not None:
                 reseed(draw_seed)
             answer = check_logits(victim(x_adv.float()), x, num_classes).argmax(1)
