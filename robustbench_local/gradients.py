@@ -72,6 +72,13 @@ def _look(model: Model, x: Images, y: Labels, loss: Loss) -> tuple[Tensor, Tenso
     logits = model(x)
     values = attack_loss(logits, y, loss)
     (gradient,) = torch.autograd.grad(values.sum(), x)
+    # The sum is NaN where any entry is; looking at each is needed then only.
+    if gradient.sum().isnan() and gradient.isnan().any():
+        image = int(gradient.flatten(1).isnan().any(1).nonzero()[0, 0])
+        raise UserError(
+            f"the input gradient is NaN for image {image} of a batch; expected finite numbers: "
+            "give the part of the model that has no gradient a surrogate (BPDA)"
+        )
     return gradient, values.detach(), is_correct(logits, y)
 
 

@@ -26,7 +26,8 @@ class PGD(Attack):
     - `early_stop`: an example that is misclassified leaves the batch at once. Only for
       deterministic victims; it is off by itself where the victim declares randomness or
       `eot_samples` is above 1.
-    - `best_iterate`: return the iterate of highest loss, not the last one.
+    - `best_iterate`: return the iterate of highest loss, not the last one. Off by itself for
+      randomised victims too: the highest of many noisy losses is a lucky draw, not a good point.
 
     Deviations from the paper: the two switches above (both only make it stronger), a uniform
     random start for every norm, and the l1 step (see `ThreatModel.direction`).
@@ -60,7 +61,8 @@ class PGD(Attack):
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """All restarts, each on the survivors of the ones before."""
-        search = _Search(x, stop=self._may_stop(model))
+        settled = self.eot_samples == 1 and not is_randomized(model)
+        search = _Search(x, settled=settled, stop=self.early_stop, keep=self.best_iterate)
         for restart in range(self.restarts):
             alive = search.alive()
             if len(alive) == 0:
@@ -68,10 +70,6 @@ class PGD(Attack):
             draws = Draws(x[alive], derive_seed(self.seed, "pgd", restart))
             self._climb(model, x[alive], y[alive], threat, draws, alive, search)
         return search.best
-
-    def _may_stop(self, model: Model) -> bool:
-        """One lucky draw of a randomised victim proves nothing."""
-        return self.early_stop and self.eot_samples == 1 and not is_randomized(model)
 
     def _climb(
         self,
@@ -90,20 +88,22 @@ class PGD(Attack):
             gradient = look.gradient
             # The unperturbed image is no candidate: the attack's own points are.
             if step > 0 or self.random_start:
-                going = search.offer(index, x_adv, look.loss, look.correct, keep=self.best_iterate)
+                going = search.offer(index, x_adv, look.loss, look.correct)
                 if going is not None:
                     if len(going) == 0:
                         return
                     x, y, index = x[going], y[going], index[going]
                     x_adv, gradient = x_adv[going], gradient[going]
             stride = self.step_size * threat.epsilon
-            x_adv = threat.project(x_adv + stride * threat.direction(gradient, x_adv), x)
-        if search.one_way and self.restarts == 1 and not self.best_iterate:
+            progress = step / max(1, self.steps - 1)
+            move = threat.direction(gradient, x_adv, stride, progress=progress)
+            x_adv = threat.project(x_adv + stride * move, x)
+        if self.restarts == 1 and not (search.stop or search.keep):
             search.best[index] = x_adv  # nothing to compare with: a forward pass saved
             return
         with torch.no_grad():
             loss, correct = self._measure(model, x_adv, y)
-        search.offer(index, x_adv, loss, correct, keep=True, final=True)
+        search.offer(index, x_adv, loss, correct, final=True)
 
     def _measure(self, model: Model, x: Images, y: Labels) -> tuple[Tensor, Tensor]:
         """Mean loss, and whether correct in every sample, of the last iterate."""
@@ -114,48 +114,50 @@ class PGD(Attack):
 
 
 class _Search:
-    """The best point so far of every example, and which examples are still being attacked."""
+    """The best point so far of every example, and which examples are still being attacked.
 
-    def __init__(self, x: Images, *, stop: bool) -> None:
-        self.one_way = not stop  # every example goes all the way
+    Only a `settled` victim gives the same answer twice: for any other a misclassified draw neither
+    stops an example nor beats a higher mean loss, and iterates are not compared with each other,
+    since the best of many noisy losses is the luckiest. Then `stop` and `keep` are off.
+    """
+
+    def __init__(self, x: Images, *, settled: bool, stop: bool, keep: bool) -> None:
+        self.stop = stop and settled
+        self.keep = keep and settled
         self.best = x.clone()
+        self._settled = settled
         self._loss = torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
         self._broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
     def alive(self) -> Tensor:
         """Indices of the examples to attack; all of them unless broken ones may stop."""
-        if not self.one_way:
+        if self.stop:
             return (~self._broken).nonzero().squeeze(1)
         return torch.arange(len(self.best), device=self.best.device)
 
     def offer(
-        self,
-        index: Tensor,
-        x_adv: Images,
-        loss: Tensor,
-        correct: Tensor,
-        *,
-        keep: bool,
-        final: bool = False,
+        self, index: Tensor, x_adv: Images, loss: Tensor, correct: Tensor, *, final: bool = False
     ) -> Tensor | None:
-        """Take iterates that are better than what is held.
+        """Take those points of the examples `index` that are better than what is held.
 
         Returns the rows to go on with, or `None` for all of them. A misclassified point beats any
-        correct one, then the loss decides. Without `keep` only those which stop here are taken.
+        correct one, then the loss decides. Without `keep` the points on the way are taken only
+        where an example stops; the `final` ones always compete, with those of other restarts.
         """
-        broken = ~correct
-        leaves = torch.zeros_like(broken) if self.one_way else broken
-        if keep:
+        broken = ~correct if self._settled else torch.zeros_like(correct)
+        if self.keep or final:
             held = self._broken[index]
             better = (broken & ~held) | ((broken == held) & (loss > self._loss[index]))
+        elif self.stop:
+            better = broken
         else:
-            better = leaves
+            return None
         rows = better.nonzero().squeeze(1)
         if len(rows):
             places = index[rows]
             self.best[places] = x_adv[rows]
             self._loss[places] = loss[rows].to(self._loss.dtype)
             self._broken[places] = broken[rows]
-        if not self.one_way and not final and bool(leaves.any()):
+        if self.stop and not final and bool(broken.any()):
             return correct.nonzero().squeeze(1)
         return None

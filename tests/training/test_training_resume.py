@@ -15,7 +15,13 @@ def start(cache: Path, **environment: str) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
     return subprocess.Popen(
         [sys.executable, "-c", "import interrupted_training as i; i.main()", str(cache)],
-        env={**os.environ, "PYTHONPATH": paths, **environment},
+        # As many threads as here: other sums would round differently.
+        env={
+            **os.environ,
+            "PYTHONPATH": paths,
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            **environment,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,0 +1,343 @@
+"""What every attack in conf/attack promises; a new YAML file is found by itself."""
+
+import random
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from conftest import Raising
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from robustbench_local.attacks import Attack
+from robustbench_local.data import Split
+from robustbench_local.errors import UserError
+from robustbench_local.evaluation.oracle import Oracle
+from robustbench_local.threat import ThreatModel
+from robustbench_local.types import Norm
+
+CHOICES = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "attack").glob("*.yaml"))
+
+DETERMINISTIC = {"fgsm"}
+"""Attacks that draw nothing; every other one must answer to its seed."""
+
+EPSILON: dict[Norm, float] = {"linf": 0.1, "l2": 0.6, "l1": 3, "l0": 3}
+
+# The contract holds for any number of steps, so a few are enough.
+FEW = {"steps": 5, "restarts": 2, "samples": 3, "queries": 60, "population": 10, "generations": 3}
+
+
+@cache
+def build(choice: str, seed: int = 0) -> Attack:
+    """The attack of a YAML file, with fewer steps."""
+    config = OmegaConf.load(Path(__file__).parents[2] / "conf" / "attack" / f"{choice}.yaml")
+    config.seed = seed
+    for name, few in FEW.items():
+        if isinstance(config.get(name), int):
+            config[name] = min(few, config[name])
+    return hydra.utils.instantiate(config)
+
+
+def is_foreign(attack: Attack) -> bool:
+    """Whether another library does the work: it draws in batch order from global generators."""
+    return type(attack).__module__.endswith(".library")
+
+
+class Network(nn.Module):
+    """A small network with every kind of state an attack could disturb, in float64 inside.
+
+    In float64, since float32 convolutions of different batch sizes differ by a rounding, and the
+    sign of a gradient near zero with them.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(channels * 100 + classes)
+            self.layers = nn.Sequential(
+                nn.Conv2d(channels, 6, 3, stride=2),
+                nn.BatchNorm2d(6),
+                nn.ReLU(),
+                nn.Dropout(0.5),
+                nn.Flatten(),
+                nn.Linear(54, classes),
+            ).double()
+            self.layers[1].running_mean.normal_()
+        # A mixture, as fine-tuning leaves it: batch norm and the convolution stay frozen.
+        self.layers[0].eval().requires_grad_(False)
+        self.layers[1].eval()
+        self.layers[5].bias.grad = torch.ones(classes, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.double()).to(x.dtype)
+
+
+def batch(channels: int, model: nn.Module, *, size: int = 8) -> tuple[Tensor, Tensor]:
+    """8x8 images, half of their pixels exactly 0 or 1, and what the model says to them."""
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randint(-120, 376, (size, channels, 8, 8), generator=generator)
+    x = x.clamp_(0, 255).float().div_(255)
+    return x, predictions(model, x)
+
+
+def predictions(model: nn.Module, x: Tensor) -> Tensor:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    for module, mode in modes:
+        module.training = mode
+    return y
+
+
+def ready(choice: str, model: nn.Module, threat: ThreatModel, *, seed: int = 0) -> Attack:
+    """The attack, prepared on a few images of its own where it needs that."""
+    x, y = batch(next(model.parameters()).shape[1], model, size=32)
+    data = Split((x * 255).round().to(torch.uint8), y, torch.arange(len(x)))
+    return build(choice, seed).fit(model, data, threat)
+
+
+def least(attack: Attack, norm: Norm, epsilon: float | None = None) -> ThreatModel:
+    """The threat model that grants the attack no more than it needs."""
+    return ThreatModel(
+        norm=norm, epsilon=EPSILON[norm] if epsilon is None else epsilon, access=attack.needs
+    )
+
+
+def numpy_size(x_adv: Tensor, x: Tensor, norm: Norm) -> np.ndarray:
+    delta = np.abs(x_adv.numpy().astype(np.float64) - x.numpy().astype(np.float64))
+    if norm == "l0":
+        return (delta.max(axis=1) > 0).sum(axis=(1, 2))
+    delta = delta.reshape(len(delta), -1)
+    order = {"linf": np.inf, "l2": 2, "l1": 1}[norm]
+    return np.linalg.norm(delta, ord=order, axis=1)
+
+
+pairs = pytest.mark.parametrize(
+    ("choice", "norm"),
+    [(choice, norm) for choice in CHOICES for norm in sorted(build(choice).norms)],
+)
+each = pytest.mark.parametrize("choice", CHOICES)
+
+
+def first_norm(choice: str) -> Norm:
+    return sorted(build(choice).norms)[-1]
+
+
+def test_the_folder_is_found() -> None:
+    assert {"fgsm", "pgd", "pgd_restarts", "noise"} <= set(CHOICES)
+
+
+@pairs
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("classes", [2, 5, 10])
+def test_returns_images_inside_the_budget(
+    choice: str, norm: Norm, channels: int, classes: int
+) -> None:
+    model = Network(channels, classes)
+    x, y = batch(channels, model)
+    threat = least(build(choice), norm)
+    attack = ready(choice, model, threat)
+    before = x.clone()
+
+    x_adv = attack(model, x, y, threat)
+
+    assert torch.equal(x, before)
+    assert (x_adv.shape, x_adv.dtype, x_adv.device) == (x.shape, x.dtype, x.device)
+    assert not x_adv.requires_grad
+    assert not torch.equal(x_adv, x)
+    threat.check(x_adv, x)
+    assert (numpy_size(x_adv, x, norm) <= threat.epsilon + 1e-6 * max(1, threat.epsilon)).all()
+    assert float(x_adv.min()) >= -1e-6
+    assert float(x_adv.max()) <= 1 + 1e-6
+    assert torch.equal(attack(model, x, y, threat), x_adv)
+    # The attacker may not depend on seeing more than the threat model grants.
+    assert torch.equal(attack(Oracle(model, threat, classes), x, y, threat), x_adv)
+
+
+@pairs
+def test_epsilon_zero_returns_the_images(choice: str, norm: Norm) -> None:
+    model = Network(3, 5)
+    x, y = batch(3, model)
+    threat = least(build(choice), norm, epsilon=0)
+    x_adv = build(choice)(model, x, y, threat)
+    assert torch.equal(x_adv, x)
+    assert x_adv.data_ptr() != x.data_ptr()
+
+
+@pairs
+def test_an_empty_batch_comes_back_empty(choice: str, norm: Norm) -> None:
+    x = torch.zeros(0, 3, 8, 8)
+    y = torch.zeros(0, dtype=torch.int64)
+    assert build(choice)(Network(3, 5), x, y, least(build(choice), norm)).shape == x.shape
+
+
+@pairs
+def test_the_seed_decides_the_draws(choice: str, norm: Norm) -> None:
+    model = Network(1, 5)
+    x, y = batch(1, model)
+    threat = least(build(choice), norm)
+    first, second = (ready(choice, model, threat, seed=s)(model, x, y, threat) for s in (0, 1))
+    assert torch.equal(first, second) == (choice in DETERMINISTIC)
+
+
+@pairs
+def test_the_batch_does_not_matter(choice: str, norm: Norm) -> None:
+    model = Network(3, 5)
+    x, y = batch(3, model)
+    threat = least(build(choice), norm)
+    attack = ready(choice, model, threat)
+    if is_foreign(attack):
+        pytest.skip("the draws of a foreign attack belong to the batch")
+    whole = attack(model, x, y, threat)
+    halves = torch.cat([attack(model, x[rows], y[rows], threat) for rows in halves_of(len(x))])
+    order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
+    permuted = attack(model, x[order], y[order], threat)
+    torch.testing.assert_close(halves, whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(permuted, whole[order], rtol=0, atol=1e-6)
+
+
+def halves_of(size: int) -> tuple[slice, slice]:
+    return slice(0, size // 2), slice(size // 2, size)
+
+
+@each
+def test_memory_layout_and_views_do_not_matter(choice: str) -> None:
+    """Evaluation may hand over channels-last images, or every second row of a larger batch."""
+    model = Network(3, 5)
+    x, y = batch(3, model)
+    norm = first_norm(choice)
+    threat = least(build(choice), norm)
+    attack = ready(choice, model, threat)
+    expected = attack(model, x, y, threat)
+    views = [x.contiguous(memory_format=torch.channels_last), x.repeat_interleave(2, 0)[::2]]
+    for view in views:
+        assert not view.is_contiguous()
+        torch.testing.assert_close(attack(model, view, y, threat), expected, rtol=0, atol=1e-6)
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """Remember everything an attack may not change; the result asserts that nothing has."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    wanted = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    gradients = {
+        name: (weight.grad, None if weight.grad is None else weight.grad.clone())
+        for name, weight in model.named_parameters()
+    }
+    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def check() -> None:
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, state[name]), name
+        assert {name: module.training for name, module in model.named_modules()} == modes
+        assert {n: weight.requires_grad for n, weight in model.named_parameters()} == wanted
+        for name, weight in model.named_parameters():
+            assert weight.grad is gradients[name][0], name
+            assert weight.grad is None or torch.equal(weight.grad, gradients[name][1]), name
+        assert random.getstate() == python
+        for now, then in zip(np.random.get_state(), numpy, strict=True):
+            assert np.array_equal(now, then)
+        assert torch.equal(torch.get_rng_state(), torch_state)
+        assert torch.is_grad_enabled()
+
+    return check
+
+
+@pairs
+def test_nothing_is_left_changed(choice: str, norm: Norm) -> None:
+    model = Network(1, 5)
+    x, y = batch(1, model)
+    threat = least(build(choice), norm)
+    attack = ready(choice, model, threat)
+    check = snapshot(model)
+    attack(model, x, y, threat)
+    check()
+
+
+@each
+@pytest.mark.parametrize("calls", [1, 2, 4])
+def test_nothing_is_left_changed_when_the_model_raises(choice: str, calls: int) -> None:
+    model = Network(1, 5)
+    x, y = batch(1, model)
+    norm = first_norm(choice)
+    threat = least(build(choice), norm)
+    attack = ready(choice, model, threat)
+    victim = Raising(model, calls)
+    check = snapshot(victim)
+    try:
+        attack(victim, x, y, threat)
+    except RuntimeError as error:
+        assert "the victim broke down" in str(error)
+    else:
+        assert victim.left > 0, "the attack swallowed the exception of the victim"
+    check()
+
+
+@each
+def test_without_autograd_around_it_the_result_is_the_same(choice: str) -> None:
+    model = Network(1, 5)
+    x, y = batch(1, model)
+    threat = least(build(choice), first_norm(choice))
+    attack = ready(choice, model, threat)
+    expected = attack(model, x, y, threat)
+    with torch.no_grad():
+        assert torch.equal(attack(model, x, y, threat), expected)
+
+
+@each
+def test_refuses_norms_it_does_not_serve(choice: str) -> None:
+    attack = build(choice)
+    model = Network(1, 5)
+    x, y = batch(1, model)
+    for norm in sorted({"linf", "l2", "l1", "l0"} - attack.norms):
+        with pytest.raises(UserError) as caught:
+            attack(model, x, y, least(attack, norm))
+        assert f"threat.norm={norm}" in str(caught.value)
+        assert all(served in str(caught.value) for served in attack.norms)
+
+
+@each
+def test_refuses_an_access_that_is_too_little(choice: str) -> None:
+    attack = build(choice)
+    model = Network(1, 5)
+    x, y = batch(1, model)
+    norm = first_norm(choice)
+    too_little = {"gradients": ["scores", "labels"], "scores": ["labels"], "labels": []}
+    for access in too_little[attack.needs]:
+        with pytest.raises(UserError) as caught:
+            attack(model, x, y, ThreatModel(norm=norm, epsilon=EPSILON[norm], access=access))
+        assert f"threat.access={access}" in str(caught.value)
+        assert f"needs access to {attack.needs}" in str(caught.value)
+
+
+@pairs
+def test_breaks_at_least_what_noise_breaks(
+    choice: str, norm: Norm, digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]
+) -> None:
+    """On digits, with budgets where noise alone already breaks some."""
+    x, y = (part[:100] for part in digit_images)
+    epsilon = {"linf": 0.5, "l2": 7, "l1": 120, "l0": 100}[norm]
+    generator = torch.Generator().manual_seed(0)
+    if norm == "linf":
+        noisy = x + epsilon * (2 * torch.rand(x.shape, generator=generator) - 1)
+    elif norm == "l0":
+        pixels = torch.rand(x.shape, generator=generator)
+        chosen = torch.rand(len(x), 784, generator=generator).argsort(1).argsort(1) < epsilon
+        noisy = torch.where(chosen.view_as(x), pixels, x)
+    else:
+        delta = torch.randn(x.shape, generator=generator)
+        length = delta.flatten(1).norm(p=int(norm[1]), dim=1).view(-1, 1, 1, 1)
+        noisy = x + epsilon * delta / length
+    with torch.no_grad():
+        fooled_by_noise = int((digit_model(noisy.clamp(0, 1)).argmax(1) != y).sum())
+    attack = build(choice)
+    x_adv = attack(digit_model, x, y, least(attack, norm, epsilon))
+    with torch.no_grad():
+        fooled = int((digit_model(x_adv).argmax(1) != y).sum())
+    assert fooled_by_noise >= 3
+    assert fooled >= fooled_by_noise

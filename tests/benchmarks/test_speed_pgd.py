@@ -1,0 +1,155 @@
+"""Images per second of PGD-40 beside torchattacks, ART and Foolbox: same work, same tensors."""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+import torchattacks
+from conftest import accuracy, digit_cnn, train
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+
+from robustbench_local.attacks import PGD
+from robustbench_local.data import Dataset
+from robustbench_local.threat import ThreatModel
+
+with warnings.catch_warnings():
+    # Both import modules of other libraries that announce their end.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore", FutureWarning)
+    import foolbox
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+pytestmark = pytest.mark.slow
+
+EPSILON, STEP, STEPS, BATCH = 0.3, 0.01, 40, 500
+ROUNDS = 7
+NOISE = 0.97
+"""Identical work differs by up to 3% on a machine that does other things too."""
+
+Attack = Callable[[Tensor, Tensor], Tensor]
+
+
+def attacks(model: nn.Module) -> dict[str, Attack]:
+    """Every library's PGD with equal settings, built before the clock starts."""
+    threat = ThreatModel(norm="linf", epsilon=EPSILON)
+    seeds = count()
+    torch_pgd = torchattacks.PGD(model, eps=EPSILON, alpha=STEP, steps=STEPS)
+    art_pgd = ProjectedGradientDescentPyTorch(
+        PyTorchClassifier(
+            model=model,
+            loss=nn.CrossEntropyLoss(),
+            input_shape=(1, 28, 28),
+            nb_classes=10,
+            clip_values=(0, 1),
+            device_type="cpu",
+        ),
+        norm=np.inf,
+        eps=EPSILON,
+        eps_step=STEP,
+        max_iter=STEPS,
+        num_random_init=1,
+        batch_size=BATCH,
+        verbose=False,
+    )
+    foolbox_pgd = foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=STEPS)
+    foolbox_model = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    misclassified = foolbox.criteria.Misclassification
+    return {
+        "ours": lambda x, y: PGD(steps=STEPS, step_size=STEP / EPSILON, seed=next(seeds))(
+            model, x, y, threat
+        ),
+        "torchattacks": torch_pgd,
+        "art": lambda x, y: torch.from_numpy(art_pgd.generate(x.numpy(), y.numpy())),
+        "foolbox": lambda x, y: foolbox_pgd.run(
+            foolbox_model, x, misclassified(y), epsilon=EPSILON
+        ),
+    }
+
+
+@dataclass
+class Race:
+    """Seconds of each round; the mean share of the images each library left correct."""
+
+    seconds: dict[str, list[float]]
+    left: dict[str, float]
+    images: int
+
+    def ratio(self, other: str) -> float:
+        """How many times as fast we are: the median over the rounds, each compared with itself."""
+        rounds = zip(self.seconds[other], self.seconds["ours"], strict=True)
+        return statistics.median(theirs / mine for theirs, mine in rounds)
+
+    def summary(self) -> dict[str, float]:
+        speed = {
+            f"images_per_second_{name}": round(self.images / statistics.median(times))
+            for name, times in self.seconds.items()
+        }
+        ratios = {f"times_{name}": round(self.ratio(name), 3) for name in self.seconds}
+        left = {f"robust_{name}": round(100 * value, 2) for name, value in self.left.items()}
+        return speed | ratios | left
+
+
+def race(model: nn.Module, x: Tensor, y: Tensor) -> Race:
+    """All libraries one after the other, round by round, each round starting with the next one.
+
+    Every round draws new random starts: on a robust network they move the result by half a point.
+    """
+    batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+    runners = attacks(model)
+    names = list(runners)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    left: dict[str, list[float]] = {name: [] for name in names}
+    for runner in runners.values():  # allocate and import before the clock starts
+        runner(x[:BATCH], y[:BATCH])
+    for turn in range(ROUNDS):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            began = time.perf_counter()
+            results = [runners[name](*batch) for batch in batches]
+            seconds[name].append(time.perf_counter() - began)
+            left[name].append(accuracy(model, torch.cat(results), y))
+    return Race(seconds, {name: statistics.fmean(left[name]) for name in names}, len(x))
+
+
+@pytest.fixture(scope="module")
+def undefended(digits: Dataset) -> nn.Module:
+    x, y = digits.train.pixels(slice(None)), digits.train.labels
+    return train(digit_cnn(32), x, y, epochs=6)
+
+
+def correct_ones(model: nn.Module, digits: Dataset) -> tuple[Tensor, Tensor]:
+    """1,000 unseen images the model gets right: an attack on the others would be no work."""
+    x = torch.cat([part.pixels(slice(None)) for part in (digits.test, digits.validation)])
+    y = torch.cat([digits.test.labels, digits.validation.labels])
+    with torch.no_grad():
+        rows = (model(x).argmax(1) == y).nonzero().squeeze(1)[: 2 * BATCH]
+    assert len(rows) == 2 * BATCH
+    return x[rows], y[rows]
+
+
+def test_pgd_40_on_an_undefended_network(
+    benchmark: BenchmarkFixture, undefended: nn.Module, digits: Dataset
+) -> None:
+    x, y = correct_ones(undefended, digits)
+    result = benchmark.pedantic(race, args=(undefended, x, y), rounds=1)
+    benchmark.extra_info.update(result.summary())
+    assert result.left["ours"] <= min(result.left.values()) + 0.003
+    assert result.ratio("torchattacks") >= 1.3 * NOISE, result.summary()
+    assert result.ratio("art") >= 1.8 * NOISE, result.summary()
+
+
+def test_pgd_40_on_a_robust_network(
+    benchmark: BenchmarkFixture, robust_digit_model: nn.Module, digits: Dataset
+) -> None:
+    x, y = correct_ones(robust_digit_model, digits)
+    result = benchmark.pedantic(race, args=(robust_digit_model, x, y), rounds=1)
+    benchmark.extra_info.update(result.summary())
+    assert result.left["ours"] <= min(result.left.values()) + 0.003
+    assert result.ratio("torchattacks") >= 1.0 * NOISE, result.summary()

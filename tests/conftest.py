@@ -1,0 +1,198 @@
+"""Victims whose answer is known, and one small network trained on real digits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustbench_local.data import MNIST, Dataset, load
+
+# On networks this small two threads gain nothing, and where another process has the second core
+# they wait for each other: a training step then takes thirty times as long.
+torch.set_num_threads(1)
+
+
+class LinearVictim(nn.Module):
+    """logits = weight @ pixels + bias, in float64 so that rounding decides nothing.
+
+    `weight` is (K, C*H*W), `bias` (K,). The logits are `shift + scale * (...)`, returned in the
+    type of the images.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, *, shift: float = 0, scale: float = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.double())
+        self.bias = nn.Parameter(bias.double())
+        self.shift = shift
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = functional.linear(x.flatten(1).double(), self.weight, self.bias)
+        return (self.shift + self.scale * logits).to(x.dtype)
+
+
+class LogSoftmax(nn.Module):
+    """A victim that ends in log-softmax: never a positive output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).log_softmax(1)
+
+
+class NoisyInput(nn.Module):
+    """A victim that adds fresh normal noise to every image it sees, from torch's generator."""
+
+    def __init__(self, model: nn.Module, deviation: float) -> None:
+        super().__init__()
+        self.model = model
+        self.deviation = deviation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x + self.deviation * torch.randn_like(x))
+
+
+class NoisyLogits(nn.Module):
+    """A victim whose logits carry fresh normal noise: no gradient is wrong, every score is."""
+
+    def __init__(self, model: nn.Module, deviation: float) -> None:
+        super().__init__()
+        self.model = model
+        self.deviation = deviation
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        return logits + self.deviation * torch.randn_like(logits)
+
+
+class Masked(nn.Module):
+    """A victim that sees `levels` grey values only: the input gradient is zero everywhere."""
+
+    def __init__(self, model: nn.Module, levels: int = 8) -> None:
+        super().__init__()
+        self.model = model
+        self.levels = levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model((x * self.levels).round() / self.levels)
+
+
+class Raising(nn.Module):
+    """A victim that breaks down on its `calls`-th call."""
+
+    def __init__(self, model: nn.Module, calls: int) -> None:
+        super().__init__()
+        self.model = model
+        self.left = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("the victim broke down")
+        return self.model(x)
+
+
+def digit_cnn(width: int = 16, *, seed: int = 0) -> nn.Sequential:
+    """An untrained network for digits: two strided convolutions and two linear layers."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, width, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * 49, 8 * width),
+            nn.ReLU(),
+            nn.Linear(8 * width, 10),
+        )
+
+
+def train(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epochs: int,
+    attack: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+    batch_size: int = 100,
+    seed: int = 0,
+) -> nn.Module:
+    """Plain training with Adam and a falling step size, on `attack`ed images if one is given."""
+    steps = epochs * (len(x) // batch_size)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=order).split(batch_size):
+            if len(rows) < batch_size:
+                continue
+            images = x[rows] if attack is None else attack(model, x[rows], y[rows])
+            optimizer.zero_grad()
+            functional.cross_entropy(model(images), y[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval().requires_grad_(False)
+
+
+def plain_pgd(
+    model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, step: float, steps: int
+) -> Tensor:
+    """Madry et al.'s attack in its simplest form, written for training robust test victims."""
+    generator = torch.Generator().manual_seed(int(x.sum()))
+    x_adv = (x + epsilon * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        (gradient,) = torch.autograd.grad(functional.cross_entropy(model(x_adv), y), x_adv)
+        x_adv = x_adv.detach() + step * gradient.sign()
+        x_adv = torch.minimum(torch.maximum(x_adv, x - epsilon), x + epsilon).clamp(0, 1)
+    return x_adv
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The share of images whose largest logit is the label's, in [0, 1]."""
+    with torch.no_grad():
+        return float((model(x).argmax(1) == y).double().mean())
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The 5,000 real MNIST images that need no download."""
+    folder: Path = tmp_path_factory.mktemp("digits")
+    return load(MNIST(source="embedded"), folder, folder, "cpu")
+
+
+@pytest.fixture(scope="session")
+def digit_images(digits: Dataset) -> tuple[Tensor, Tensor]:
+    """All 1,000 test images of `digits` as float32 pixels, and their labels, shuffled."""
+    order = torch.randperm(len(digits.test), generator=torch.Generator().manual_seed(0))
+    return digits.test.pixels(order), digits.test.labels[order]
+
+
+@pytest.fixture(scope="session")
+def digit_model(digits: Dataset, digit_images: tuple[Tensor, Tensor]) -> nn.Module:
+    """An undefended network, 95% or more right on the test digits; nobody may change it."""
+    x, y = digits.train.pixels(slice(None)), digits.train.labels
+    model = train(digit_cnn(), x, y, epochs=6)
+    assert accuracy(model, *digit_images) >= 0.95
+    return model
+
+
+@pytest.fixture(scope="session")
+def robust_digit_model(digits: Dataset) -> nn.Module:
+    """A network trained on PGD examples of linf 0.3; about 40 seconds, for slow tests only."""
+    x, y = digits.train.pixels(slice(None)), digits.train.labels
+    epochs = 20
+    radii = iter(0.6 * torch.arange(epochs * len(x) // 100) / (epochs * len(x) // 100))
+
+    def attack(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        # Straight into 0.3 a small network stays at chance, so the radius grows half the time.
+        radius = min(0.3, float(next(radii)))
+        return plain_pgd(model, images, labels, epsilon=radius, step=0.7 * radius, steps=3)
+
+    return train(digit_cnn(32), x, y, epochs=epochs, attack=attack)
