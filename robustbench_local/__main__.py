@@ -46,6 +46,8 @@ def main() -> None:
         if told != "1":
             raise
         sys.exit(f"error: {sentence(error, CONF)}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'a file'} cannot be used ({error.strerror or error})")
     except KeyboardInterrupt:
         print(
             "interrupted: nothing is torn; the same command goes on from the last finished epoch",

@@ -2,11 +2,14 @@
 
 import ast
 import hashlib
+import importlib
 import inspect
 import json
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from robustbench_local.errors import UserError
 
@@ -45,13 +48,31 @@ def code_version(*parts: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def find_object(name: str) -> Any:
+    """What a dotted name stands for. Raises whatever importing it raises, and `AttributeError`.
+
+    Like `hydra.utils.get_object`, which prints its own account of a failure.
+    """
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def class_version(cls: type) -> str:
-    """The same for a class from outside the package: the module that defines it."""
+    """A hash of the code that defines a class or function.
+
+    Of this package: its own file. From elsewhere: every file of the package it belongs to, since
+    its parts may lie in any of them, or its file where it belongs to none.
+    """
+    top = cls.__module__.partition(".")[0]
     try:
-        return hashlib.sha256(
-            _meaning(Path(inspect.getfile(cls)).read_text(encoding="utf-8")).encode()
-        ).hexdigest()[:16]
-    except (OSError, TypeError):  # defined in a console or in C: its name is all there is
+        file = Path(inspect.getfile(cls))
+        files = [file]
+        folders = list(getattr(sys.modules.get(top), "__path__", []))
+        if top != PACKAGE.name and folders:
+            files = sorted(Path(folders[0]).rglob("*.py"))
+        text = "".join(_meaning(file.read_text(encoding="utf-8")) for file in files)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    except (OSError, TypeError, SyntaxError):  # from a console or in C: its name is all there is
         return f"{cls.__module__}.{cls.__qualname__}"
 
 

@@ -17,7 +17,7 @@ from robustbench_local.data import Dataset, load
 from robustbench_local.defenses import Defense
 from robustbench_local.display import Display
 from robustbench_local.errors import UserError
-from robustbench_local.evaluation import Judging, Oracle, audit, evaluate
+from robustbench_local.evaluation import SAMPLE, Judging, Oracle, audit, evaluate, is_random
 from robustbench_local.identity import file_sha256
 from robustbench_local.models import build_model, check_model, load_checkpoint, model_key
 from robustbench_local.results import Record, Store, write_leaderboard
@@ -54,24 +54,31 @@ def run(config: DictConfig, choices: Choices) -> Record:
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     check_settings(settings)
     display = Display()
-    device = choose_device(config.device)
+    device = choose_device(str(config.device))
     threat: ThreatModel = build(config.threat)
     attack: Attack = build(config.attack)
     attack.require(threat)
-    defense: Defense = Defense(**build(config.defense))
-    store, cache = Store(Path(config.paths.results)), Path(config.paths.cache)
+    defense = build_defense(config.defense)
+    data_dir, cache, results = (
+        Path(str(config.paths[key])).expanduser() for key in ("data", "cache", "results")
+    )
+    store = Store(results)
     check_writable(store.records, "paths.results")
     check_writable(cache, "paths.cache")
 
-    data = load(build(config.dataset), Path(config.paths.data), cache, device)
+    data = load(build(config.dataset), data_dir, cache, device)
     run_id = run_identity(settings, data, device)
     record = None if config.force else store.find(run_id)
     known = record is not None
     if record is None:
         trained = get_model(settings, data, defense, device, cache, display)
         victim = defense.apply(trained.model)
-        draws = config.judge_draws if defense.randomized(victim) else 1
-        oracle = Oracle(victim, threat, data.num_classes)
+        sample = min(SAMPLE, config.batch_size)
+        flags = audit(victim, data, eot_samples=getattr(attack, "eot_samples", 1), sample=sample)
+        # Seen, not only declared: a network of the user's own may be random without saying so.
+        randomized = defense.randomized(victim) or is_random(victim, data, sample=sample)
+        draws = config.judge_draws if randomized else 1
+        oracle = Oracle(victim, threat, data.num_classes, randomized=randomized)
         attack = attack.fit(oracle, data.validation, threat)
         with display.evaluation(choices.chosen["attack"], len(data.test)) as progress:
             outcomes = evaluate(
@@ -91,7 +98,7 @@ def run(config: DictConfig, choices: Choices) -> Record:
             threat=threat,
             trained=trained,
             outcomes=outcomes,
-            flags=audit(victim, data, eot_samples=getattr(attack, "eot_samples", 1)),
+            flags=flags,
             device=device,
         )
         store.add(record, outcomes.examples)
@@ -149,6 +156,17 @@ def build(node: DictConfig) -> Any:
         ) from None
 
 
+def build_defense(node: DictConfig) -> Defense:
+    """Both halves; anything else in the group is a `UserError`."""
+    unknown = sorted(set(map(str, node)) - {"recipe", "wrap"})
+    if unknown:
+        raise UserError(
+            f"defense.{unknown[0]} is not a key of a defense; expected recipe and wrap: type "
+            "+defense.recipe.NAME or +defense.wrap.NAME"
+        )
+    return Defense(recipe=build(node.recipe), wrap=build(node.wrap))
+
+
 def get_model(
     settings: Mapping[str, Any],
     data: Dataset,
@@ -160,20 +178,23 @@ def get_model(
     """The user's own weights where a checkpoint is given, else trained or from the cache."""
     model = settings["model"]
     if model["checkpoint"] is not None:
+        file = Path(str(model["checkpoint"])).expanduser()
         network = build_model(model, data).to(device)
-        load_checkpoint(network, Path(model["checkpoint"]))
+        load_checkpoint(network, file)
         check_model(network, data, device)
-        return Trained.given(network.eval(), file_sha256(Path(model["checkpoint"])))
+        return Trained.given(network.eval(), file_sha256(file))
     check_model(build_model(model, data), data, "cpu")  # before minutes are spent on it
+    schedule = Schedule.from_config(settings["train"])
+    mixed = schedule.mixed_precision and device.type == "cuda"
     return fit(
         lambda: build_model(model, data),
         data,
         defense.training_recipe,
-        Schedule.from_config(settings["train"]),
+        schedule,
         seed=settings["seed"],
         device=device,
         cache=cache,
-        key={"model": model_key(model)},
+        key={"model": model_key(model), "precision": "mixed" if mixed else "float32"},
         console=display.errors,
     )
 
@@ -194,7 +215,7 @@ def name_row(
     checkpoint = config.model.checkpoint
     if checkpoint is not None:
         # Two files may have the same name: the hash tells them apart.
-        file = Path(checkpoint)
+        file = Path(str(checkpoint)).expanduser()
         model, train = f"{model}-{file.stem}-{file_sha256(file)[:8]}", "checkpoint"
     defenses = [named("defense", name) for name in (*defense.recipe, *defense.wrap)]
     return {

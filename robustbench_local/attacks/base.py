@@ -61,3 +61,9 @@ class Attack(ABC):
     @abstractmethod
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """The attack itself; the model is frozen and in eval mode, `threat.epsilon` above 0."""
+
+
+def require_count(name: str, value: object) -> None:
+    """Raise `UserError` unless a hyper-parameter that counts something is a whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"attack.{name}={value}; expected a whole number, 1 or more")

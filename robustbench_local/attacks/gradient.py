@@ -1,12 +1,12 @@
 """Projected gradient descent, and FGSM as its one-step special case."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from robustbench_local.attacks.base import Attack
+from robustbench_local.attacks.base import Attack, require_count
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import Loss, attack_loss, input_gradient, is_correct, is_randomized
 from robustbench_local.randomness import Draws, derive_seed
@@ -47,9 +47,12 @@ class PGD(Attack):
 
     def __post_init__(self) -> None:
         for name in ("steps", "restarts", "eot_samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"attack.{name}={getattr(self, name)}; expected 1 or more")
-        if self.step_size <= 0:
+            require_count(name, getattr(self, name))
+        if self.loss not in get_args(Loss):
+            raise UserError(
+                f"attack.loss={self.loss} is unknown; expected one of {', '.join(get_args(Loss))}"
+            )
+        if not self.step_size > 0:  # also NaN
             raise UserError(
                 f"attack.step_size={self.step_size:g}; expected a fraction of epsilon above 0"
             )

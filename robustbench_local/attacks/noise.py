@@ -5,8 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from robustbench_local.attacks.base import Attack
-from robustbench_local.errors import UserError
+from robustbench_local.attacks.base import Attack, require_count
 from robustbench_local.gradients import is_correct
 from robustbench_local.randomness import Draws, derive_seed
 from robustbench_local.threat import ThreatModel
@@ -27,8 +26,7 @@ class Noise(Attack):
     samples: int = 10
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"attack.samples={self.samples}; expected 1 or more")
+        require_count("samples", self.samples)
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Draw, look, and keep what is misclassified; survivors draw again."""

@@ -88,7 +88,7 @@ class Defense:
 
     def reseed(self, victim: Model, seed: int) -> None:
         """Start the draws of every randomised part anew, each from a seed of its own."""
-        parts = [part for part in victim.modules() if getattr(part, "randomized", False) is True]
+        parts = [part for part in victim.modules() if hasattr(part, "reseed")]
         for number, part in enumerate(parts):
             part.reseed(derive_seed(seed, "wrap", number))  # type: ignore[operator]
 

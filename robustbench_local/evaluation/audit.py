@@ -17,6 +17,9 @@ from robustbench_local.types import Images, Labels, Model
 SAMPLE = 256
 """Test images, the first ones, that the checks of the victim look at."""
 
+SPREAD = 1e-4
+"""Distance of normalised logits between two passes above which a victim counts as random."""
+
 _PASSES = 5
 _SMALLEST_SUBSET = 1000
 
@@ -31,9 +34,21 @@ class Flag:
     why: str
 
 
-def audit(victim: Model, data: Dataset, *, eot_samples: int = 1) -> list[Flag]:
-    """The flags of a victim on a dataset; `eot_samples` is what the attack averaged over."""
-    rows = slice(0, SAMPLE)
+def is_random(victim: Model, data: Dataset, *, sample: int = SAMPLE) -> bool:
+    """Whether forward passes of the same images differ, declared or not."""
+    with pristine(victim, seed=0), torch.no_grad():
+        x = data.test.pixels(slice(0, sample))
+        return largest_distance(torch.stack([victim(x) for _ in range(_PASSES)])) > SPREAD
+
+
+def audit(
+    victim: Model, data: Dataset, *, eot_samples: int = 1, sample: int = SAMPLE
+) -> list[Flag]:
+    """The flags of a victim on a dataset; `eot_samples` is what the attack averaged over.
+
+    `sample` is the number of test images looked at, no more than fit on the device.
+    """
+    rows = slice(0, sample)
     x, y = data.test.pixels(rows), data.test.labels[rows]
     return [
         *_subset(data),
@@ -56,9 +71,9 @@ def _forward_checks(victim: Model, x: Images, y: Labels, eot_samples: int) -> It
     with pristine(victim, seed=0):
         tracked = victim(x.clone().requires_grad_()).detach()
 
-    spread = _largest_distance(outputs)
+    spread = largest_distance(outputs)
     counts = (outputs.argmax(2) == y).sum(1)
-    if eot_samples == 1 and (spread > 1e-4 or int(counts.min()) != int(counts.max())):
+    if eot_samples == 1 and (spread > SPREAD or int(counts.min()) != int(counts.max())):
         yield Flag(
             "randomized",
             True,
@@ -66,8 +81,8 @@ def _forward_checks(victim: Model, x: Images, y: Labels, eot_samples: int) -> It
             f"{_PASSES} forward passes differ by up to {spread:.2g} and the attack used one sample "
             "of them; type attack.eot_samples=20",
         )
-    switch = _largest_distance(torch.stack([outputs[0], tracked]))
-    if spread <= 1e-4 < switch:
+    switch = largest_distance(torch.stack([outputs[0], tracked]))
+    if spread <= SPREAD < switch:
         yield Flag(
             "gradient_switch",
             True,
@@ -85,7 +100,7 @@ def _forward_checks(victim: Model, x: Images, y: Labels, eot_samples: int) -> It
         )
 
 
-def _largest_distance(outputs: Tensor) -> float:
+def largest_distance(outputs: Tensor) -> float:
     """Largest L2 distance between normalised logits of the same image, over pairs of passes."""
     unit = torch.nn.functional.normalize(outputs.double(), dim=2)
     return float((unit[:, None] - unit[None]).norm(dim=3).max())

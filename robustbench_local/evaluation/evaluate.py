@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from robustbench_local.attacks import Attack
 from robustbench_local.data import Split
 from robustbench_local.errors import UserError
-from robustbench_local.evaluation.judge import Verdict, judge
+from robustbench_local.evaluation.judge import Verdict, exact, judge
 from robustbench_local.evaluation.oracle import Oracle
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import BudgetError
@@ -75,7 +75,8 @@ def evaluate(
     """Robust accuracy of the oracle's victim on all of `split`, under the oracle's threat model.
 
     Where the device runs out of memory the batch is halved and the work goes on, which `say` is
-    told; random draws belong to the example, so the numbers do not depend on it. `progress` is
+    told; the attack's draws belong to the example, so the numbers of a deterministic victim do not
+    depend on it. `progress` is
     called with the number of images done since its last call and the robust accuracy so far.
     Raises `BudgetError`, naming the image, where the attack leaves its threat model: neither a
     crash nor a foul of an attack ever counts as robustness.
@@ -124,25 +125,27 @@ def _attack_batch(
     on_device = rows.to(split.labels.device)
     x, y = split.pixels(on_device), split.labels[on_device]
     began = _now(x)
-    clean = _verdict(oracle, x, x, y, judging)
+    clean = _verdict(oracle, x, x, y, judging, "clean", rows)
     attacked = clean.correct.any(1)
     after_clean = _now(x)
 
-    chosen = attacked.to(x.device)
-    if judging.reseed is not None:  # the attack's draws are not the judge's
-        judging.reseed(derive_seed(judging.seed, "attack", int(rows[0])))
-    oracle.begin(int(chosen.sum()))
-    found = attack(oracle, x[chosen], y[chosen], oracle.threat)
-    after_attack = _now(x)
-
-    try:
-        fooled = _verdict(oracle, found, x[chosen], y[chosen], judging)
-    except BudgetError as error:
-        raise _renumbered(error, split.indices[rows][attacked]) from None
     correct, prediction, size = clean.correct.clone(), clean.prediction.clone(), clean.size.clone()
-    correct[attacked] &= fooled.correct
-    prediction[attacked] = fooled.prediction
-    size[attacked] = fooled.size
+    after_attack = after_clean
+    if attacked.any():  # not every model takes an empty batch
+        chosen = attacked.to(x.device)
+        if judging.reseed is not None:
+            judging.reseed(derive_seed(judging.seed, "attack", int(rows[0])))
+        oracle.begin(int(chosen.sum()))
+        with exact():
+            found = attack(oracle, x[chosen], y[chosen], oracle.threat)
+        after_attack = _now(x)
+        try:
+            fooled = _verdict(oracle, found, x[chosen], y[chosen], judging, "attacked", rows)
+        except BudgetError as error:
+            raise _renumbered(error, split.indices[rows][attacked]) from None
+        correct[attacked] &= fooled.correct
+        prediction[attacked] = fooled.prediction
+        size[attacked] = fooled.size
     clock["attack"] += after_attack - after_clean
     clock["judge"] += after_clean - began + _now(x) - after_attack
     return PerExample(
@@ -157,7 +160,16 @@ def _attack_batch(
     )
 
 
-def _verdict(oracle: Oracle, x_adv: Images, x: Images, y: Labels, judging: Judging) -> Verdict:
+def _verdict(
+    oracle: Oracle,
+    x_adv: Images,
+    x: Images,
+    y: Labels,
+    judging: Judging,
+    look: str,
+    rows: torch.Tensor,
+) -> Verdict:
+    """Each look at each batch draws afresh: shared noise would pair clean and attacked images."""
     return judge(
         oracle.victim,
         x_adv,
@@ -166,7 +178,7 @@ def _verdict(oracle: Oracle, x_adv: Images, x: Images, y: Labels, judging: Judgi
         oracle.threat,
         num_classes=oracle.num_classes,
         draws=judging.draws,
-        seed=judging.seed,
+        seed=derive_seed(judging.seed, look, int(rows[0])),
         reseed=judging.reseed,
     )
 

@@ -32,16 +32,19 @@ class Verdict:
 
 
 @contextmanager
-def exact(model: Model) -> Iterator[None]:
-    """Full float32 precision, deterministic kernels, frozen weights, eval mode; then as before."""
+def exact() -> Iterator[None]:
+    """Full float32 precision and deterministic kernels; then as before.
+
+    Attacks run in it too: a point that is misclassified under TF32 only would leave the attack and
+    be called robust by the judge.
+    """
     cudnn = torch.backends.cudnn
     precision = torch.get_float32_matmul_precision()
     flags = (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
     torch.set_float32_matmul_precision("highest")
     cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, True, False
     try:
-        with pristine(model), torch.no_grad():
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(precision)
         cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = flags
@@ -69,7 +72,7 @@ def judge(
     check_images(x, y, num_classes)
     threat.check(x_adv, x)
     votes, prediction = [], None
-    with exact(victim):
+    with exact(), pristine(victim), torch.no_grad():
         for draw in range(draws):
             draw_seed = derive_seed(seed, "judge", draw)
             seed_global(draw_seed)

@@ -18,12 +18,16 @@ class Oracle(nn.Module):
 
     Under `gradients` its output carries a graph; under `scores` it is cut off; under `labels` it
     is the one-hot vector of the predicted class. `forward_passes` and `backward_passes` count
-    images. Raises `QueryBudgetError` when the budget of the examples announced with `begin` is
-    spent, and `UserError` where the victim returns a wrong shape or numbers that are not finite.
+    images; `randomized` tells attacks that the victim was seen to draw random numbers. Raises
+    `QueryBudgetError` when the budget of the examples announced with `begin` is spent, and
+    `UserError` where the victim returns a wrong shape or numbers that are not finite.
     """
 
-    def __init__(self, victim: Model, threat: ThreatModel, num_classes: int) -> None:
+    def __init__(
+        self, victim: Model, threat: ThreatModel, num_classes: int, *, randomized: bool = False
+    ) -> None:
         super().__init__()
+        self.randomized = randomized
         self.victim = victim
         self.threat = threat
         self.num_classes = num_classes

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from torch import nn
 
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import pristine
-from robustbench_local.identity import class_version, file_sha256
+from robustbench_local.identity import class_version, file_sha256, find_object
 from robustbench_local.models.normalize import Normalized, pixel_statistics
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def build_model(config: Mapping[str, Any], data: "Dataset") -> Normalized:
 def _find_target(config: Mapping[str, Any]) -> Callable[..., Any]:
     name = config.get("_target_")
     try:
-        target = get_object(str(name))
+        target = find_object(str(name))
     except Exception as error:  # whatever importing somebody's module raises
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(

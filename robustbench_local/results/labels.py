@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-_UNNAMED = frozenset({"seed", "checkpoint"})
+_UNNAMED = frozenset({"checkpoint"})  # named by its content, see `run.name_row`
 
 
 def choice_label(config: DictConfig, group: str, choice: str, folders: Iterable[Path]) -> str:
@@ -27,14 +27,20 @@ def choice_label(config: DictConfig, group: str, choice: str, folders: Iterable[
         for root in (untouched, config)
     )
     changes = []
-    for path, value in given.items():
+    for path in sorted(written.keys() | given.keys()):
+        value = given.get(path, "-")
         parts = path.split(".")
-        foreign = group == "defense" and parts[1:2] != [choice]
-        if foreign or parts[-1] in _UNNAMED or str(written.get(path)) == str(value):
+        if group == "defense":
+            if parts[1:2] != [choice]:
+                continue
+            parts = parts[2:]
+        if parts[-1] in _UNNAMED or str(written.get(path)) == str(value):
             continue
-        short = str(value).split(".")[-1] if parts[-1] == "_target_" else f"{parts[-1]}{value}"
+        short = (
+            str(value).split(".")[-1] if parts[-1] == "_target_" else ".".join(parts) + str(value)
+        )
         changes.append(short.replace(" ", ""))
-    return "-".join([choice, *sorted(changes)])
+    return "-".join([choice, *changes])
 
 
 def _leaves(node: object, path: str = "") -> Iterator[tuple[str, object]]:

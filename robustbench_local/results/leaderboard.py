@@ -1,6 +1,7 @@
 """The leaderboard: folded from the records, never edited, replaced as a whole."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -57,52 +58,57 @@ def fold(store: Store) -> pd.DataFrame:
 def _line(store: Store, records: list[Record]) -> dict[str, object]:
     """Everything known about one defended model under one threat model.
 
-    An attack run twice with the same seed counts once, the latest. Seeds are averaged; the limits
-    stay those of one test set. The worst case is per example over the attacks that every seed has
-    met, then averaged.
+    Of an attack run twice with the same seed the latest counts, and of a seed only what was
+    measured on its latest weights. The seeds that have met every attack of the line count, and are
+    averaged; while none has, all do, `worst_case` is that of the worst seed, and the line is
+    `incomplete`. So `worst_case`, per example over the attacks of a seed and then averaged, is
+    never above any attack's column. The limits stay those of one test set.
     """
-    cells = {}
+    cells: dict[int, dict[str, Record]] = defaultdict(dict)
     for record in sorted(records, key=lambda record: str(record["finished"])):
-        cells[record["labels"]["attack"], record["seed"]] = record
-    seeds = sorted({seed for _, seed in cells})
-    attacks = sorted({attack for attack, _ in cells})
-    shared = [attack for attack in attacks if all((attack, seed) in cells for seed in seeds)]
-    first = records[0]
+        met = cells[record["seed"]]
+        weights = record["weights"]["sha256"]
+        if any(other["weights"]["sha256"] != weights for other in met.values()):
+            met.clear()
+        met[record["labels"]["attack"]] = record
+    attacks = sorted({attack for met in cells.values() for attack in met})
+    complete = {seed: met for seed, met in cells.items() if len(met) == len(attacks)}
+    counted = complete or cells
+    used = [record for met in counted.values() for record in met.values()]
+
+    first = used[0]
     line: dict[str, object] = {key: first["labels"][key] for key in ROW}
     line |= {"n": first["n"], "comparability": first["comparability"]}
-    line["seeds"] = " ".join(map(str, seeds))
-    line["run_ids"] = " ".join(sorted(record["run_id"] for record in cells.values()))
-
-    flags = {flag["name"]: flag["severe"] for cell in cells.values() for flag in cell["flags"]}
+    line["seeds"] = " ".join(map(str, sorted(counted)))
+    line["run_ids"] = " ".join(sorted(record["run_id"] for record in used))
+    flags = {flag["name"]: flag["severe"] for record in used for flag in record["flags"]}
     line["flags"] = " ".join(sorted(flags))
-    withheld = any(flags.values())
-    ranked = not RANKING_ATTACKS.isdisjoint(attacks)
-    line["status"] = "withheld" if withheld else "ranked" if ranked else "provisional"
+    line["status"] = _status(attacks, complete=bool(complete), withheld=any(flags.values()))
 
-    def put(measure: str, per_seed: list[float]) -> None:
-        value = float(np.mean(per_seed))
+    def put(measure: str, value: float) -> None:
         interval: Interval = wilson(value * first["n"], first["n"])
         line.update(zip((f"{measure}{end}" for end in _ENDS), interval, strict=True))
 
-    put("clean_accuracy", [_of_seed(cells, seed, "clean_accuracy") for seed in seeds])
+    clean = [next(iter(met.values()))["clean_accuracy"]["value"] for met in counted.values()]
+    put("clean_accuracy", float(np.mean(clean)))
     for attack in attacks:
-        met = [cells[attack, seed] for seed in seeds if (attack, seed) in cells]
-        put(attack, [record["robust_accuracy"]["value"] for record in met])
-    if shared:
-        put("worst_case", [_worst_case(store, cells, seed, shared) for seed in seeds])
+        met_by = [met[attack] for met in counted.values() if attack in met]
+        put(attack, float(np.mean([record["robust_accuracy"]["value"] for record in met_by])))
+    worst = [_worst_case(store, met.values()) for met in counted.values()]
+    put("worst_case", float(np.mean(worst) if complete else np.min(worst)))
     return line
 
 
-def _of_seed(cells: dict[tuple[str, int], Record], seed: int, measure: str) -> float:
-    return next(
-        float(record[measure]["value"]) for (_, own), record in cells.items() if own == seed
-    )
+def _status(attacks: list[str], *, complete: bool, withheld: bool) -> str:
+    if withheld:
+        return "withheld"
+    if not complete:
+        return "incomplete"
+    return "provisional" if RANKING_ATTACKS.isdisjoint(attacks) else "ranked"
 
 
-def _worst_case(
-    store: Store, cells: dict[tuple[str, int], Record], seed: int, attacks: list[str]
-) -> float:
-    outcomes = [store.examples(cells[attack, seed]["run_id"]) for attack in attacks]
+def _worst_case(store: Store, records: Iterable[Record]) -> float:
+    outcomes = [store.examples(record["run_id"]) for record in records]
     for other in outcomes[1:]:
         if not np.array_equal(other.indices, outcomes[0].indices):
             raise RuntimeError("records with one comparability key hold different test images")

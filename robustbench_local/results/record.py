@@ -1,6 +1,6 @@
 """What a record says: who it is, what was measured, and everything that decided it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +13,13 @@ from robustbench_local.data import Dataset
 from robustbench_local.evaluation.audit import Flag
 from robustbench_local.evaluation.evaluate import Outcomes
 from robustbench_local.evaluation.judge import VERSION as JUDGE_VERSION
-from robustbench_local.identity import code_version, content_id, file_sha256
+from robustbench_local.identity import (
+    class_version,
+    code_version,
+    content_id,
+    file_sha256,
+    find_object,
+)
 from robustbench_local.results.environment import environment
 from robustbench_local.results.statistics import wilson
 from robustbench_local.results.store import RECORD_VERSION, Record
@@ -35,15 +41,21 @@ def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.devic
     """The name of a run: a hash of all that decides its numbers.
 
     The resolved configuration without folders and `force`; the content of the data and of a given
-    checkpoint in place of their paths; the kind of device; this package's code.
+    checkpoint in place of their paths; the kind of device; this package's code and that of every
+    class from elsewhere that the configuration names.
     """
     decides = {key: value for key, value in settings.items() if key not in ("paths", "force")}
-    decides["dataset"] = {"fingerprint": data.fingerprint, "test": data.test_fingerprint}
+    decides["dataset"] = {
+        "name": data.name,
+        "fingerprint": data.fingerprint,
+        "test": data.test_fingerprint,
+    }
+    code = {name: _code_of(name) for name in sorted(set(_targets(settings)))}
     decides["device"] = device.type
     model = dict(decides["model"])
     if model.get("checkpoint"):
         model["checkpoint"] = _checkpoint_id(model["checkpoint"])
-    return content_id({**decides, "model": model, "code": code_version(*_CODE)})
+    return content_id({**decides, "model": model, "code": [code_version(*_CODE), code]})
 
 
 def comparability(settings: Mapping[str, Any], data: Dataset, threat: ThreatModel) -> str:
@@ -130,6 +142,25 @@ def make_record(
     }
 
 
+def _code_of(name: str) -> str:
+    try:
+        return class_version(find_object(name))
+    except Exception:  # whatever importing it raises: building it will tell the user
+        return name
+
+
+def _targets(node: object) -> Iterator[str]:
+    """Every class from outside the package that the configuration names."""
+    if isinstance(node, Mapping):
+        name = node.get("_target_")
+        if isinstance(name, str) and not name.startswith("robustbench_local."):
+            yield name
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _targets(child)
+
+
 def _checkpoint_id(path: str) -> str:
-    file = Path(path).expanduser()
+    file = Path(str(path)).expanduser()
     return file_sha256(file) if file.is_file() else path

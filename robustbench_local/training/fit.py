@@ -98,6 +98,8 @@ def fit(
                 facts = {"parts": parts, "device": _device_name(device), "warnings": told}
                 about, cached = shelf.write(course.weights, facts | course.summary()), False
             shelf.state.remove()
+    else:
+        shelf.state.remove()  # left by a process killed right after writing the weights
     # Also after training: what is returned is what is stored.
     model = fresh()
     model.load_state_dict(shelf.read())

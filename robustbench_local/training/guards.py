@@ -35,6 +35,11 @@ def find_warnings(
         settled = [entry for entry in history if entry["settled"]]
         found.append(_collapse(settled, best))
         last = history[-1]
+        if not last["settled"]:
+            found.append(
+                "unsettled: the training ended before epsilon had its full size, so its collapse "
+                "could not be looked for; raise train.epochs or lower epsilon_ramp"
+            )
         gap = last["train_accuracy"] - last["robust_validation_accuracy"]
         if last["settled"] and gap > GAP:
             # The same images the training accuracy is counted on, so that memorising them is not

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from robustbench_local.defenses.recipe import Recipe
 
 _CODE = (
-    "models/build.py", "models/normalize.py", "randomness.py", "training/augmentation.py",
-    "training/averaging.py", "training/loop.py", "training/schedule.py", "training/validation.py",
+    "data/dataset.py", "gradients.py", "models/build.py", "models/normalize.py", "randomness.py",
+    "training/augmentation.py", "training/averaging.py", "training/course.py", "training/fit.py",
+    "training/loop.py", "training/schedule.py", "training/validation.py",
 )  # fmt: skip
-_ADVERSARIAL_CODE = ("attacks/base.py", "gradients.py", "threat.py")
+_ADVERSARIAL_CODE = ("attacks/base.py", "threat.py")
 
 
 def weights_key(

@@ -90,6 +90,9 @@ class Schedule:
             ("schedule", *_one_of(self.schedule, Shape)),
             ("augmentation", *_one_of(self.augmentation, Augmentation)),
         )
+        for name in ("epochs", "batch_size", "min_steps"):
+            if not isinstance(getattr(self, name), int):
+                raise UserError(f"train.{name}={getattr(self, name)}; expected a whole number")
         for name, fine, expected in ranges:
             if not fine:
                 raise UserError(f"train.{name}={getattr(self, name)}; expected {expected}")

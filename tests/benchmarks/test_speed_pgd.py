@@ -141,8 +141,8 @@ def test_pgd_40_on_an_undefended_network(
     result = benchmark.pedantic(race, args=(undefended, x, y), rounds=1)
     benchmark.extra_info.update(result.summary())
     assert result.left["ours"] <= min(result.left.values()) + 0.003
-    assert result.ratio("torchattacks") >= 1.3 * NOISE, result.summary()
-    assert result.ratio("art") >= 1.8 * NOISE, result.summary()
+    assert result.ratio("torchattacks") >= 1.3, result.summary()
+    assert result.ratio("art") >= 1.8, result.summary()
 
 
 def test_pgd_40_on_a_robust_network(

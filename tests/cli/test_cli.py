@@ -173,7 +173,10 @@ BAD = {
     "threat.query_budget=0": "threat.query_budget=0",
     "threat.query_budget=3": "query_budget=3",
     "attack.steps=0": "attack.steps=0",
-    "attack.step_size=nan": "NaN",
+    "attack.step_size=nan": "attack.step_size=nan",
+    "attack.steps=2.5": "attack.steps=2.5",
+    "train.batch_size=64.5": "train.batch_size=64.5",
+    "+defense.foo=1": "foo",
     "attack.loss=hinge": "attack.loss=hinge is unknown",
     "seed=abc": "seed=abc",
     "batch_size=0": "batch_size=0",
@@ -208,7 +211,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(cli, words):
     assert "Traceback" not in finished.err
     assert not Path("results").exists()
     # Weights may have been trained before the fault could show.
-    if "query_budget=3" not in words and "attack.loss" not in words:
+    if "query_budget=3" not in words:
         assert files() == {}
 
 
@@ -267,6 +270,28 @@ def test_ones_own_weights_are_evaluated_and_not_trained(cli):
     assert given["robust_accuracy"] == trained["robust_accuracy"]
     assert given["clean_accuracy"] == trained["clean_accuracy"]
     assert len(pd.read_csv("results/leaderboard.csv")) == 2
+
+
+def test_an_edited_model_is_evaluated_again(cli):
+    Path("edited.py").write_text(NET)
+    words = ("+experiment=smoke", "model=custom", "model._target_=edited.Net", "train.epochs=1")
+    assert cli(*words).code == 0
+    Path("edited.py").write_text(NET.replace("x.flatten(1)", "x.flatten(1) * 0"))
+    sys.modules.pop("edited")
+    assert "recorded before" not in cli(*words).out
+    assert len(records()) == 2
+    assert len(pd.read_csv("results/leaderboard.csv")) == 1
+
+
+def test_a_random_model_is_judged_on_several_draws_without_saying_so(cli):
+    Path("noisy.py").write_text(
+        NET.replace("self.linear(x.flatten(1))", "self.linear(x.flatten(1) + torch.randn(784))")
+    )
+    assert cli("+experiment=smoke", "model=custom", "model._target_=noisy.Net").code == 0
+    ((run_id, record),) = records().items()
+    assert "randomized" in [flag["name"] for flag in record["flags"]]
+    correct = np.load(f"results/records/{run_id}.npz")["clean_correct"]
+    assert len(set(correct) - {0.0, 1.0}) > 0
 
 
 def test_a_folder_of_ones_own_configurations(cli):

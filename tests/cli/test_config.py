@@ -57,6 +57,14 @@ def test_every_experiment_composes(choice):
     assert isinstance(build(config.attack), Attack)
 
 
+@pytest.mark.parametrize("choice", [path.stem for path in (CONF / "experiment").glob("*.yaml")])
+def test_every_choice_that_an_experiment_sweeps_over_composes(choice):
+    params = composed(f"+experiment={choice}").hydra.sweeper.params or {}
+    for key, values in params.items():
+        for value in str(values).split(","):
+            composed(f"+experiment={choice}", f"{key}={value}")
+
+
 @pytest.mark.parametrize("dataset", [path.stem for path in (CONF / "dataset").glob("*.yaml")])
 def test_training_and_threat_follow_the_dataset(dataset):
     choices = composed(f"dataset={dataset}").hydra.runtime.choices

@@ -168,6 +168,8 @@ def test_a_randomised_victim_is_judged_on_fresh_draws():
     good = (split.pixels(slice(None)).flatten(1).mean(1) > 0.5).long() == split.labels
     assert examples.clean_correct[good].mean() == pytest.approx(0.7, abs=0.02)
     assert examples.clean_correct[~good].mean() == pytest.approx(0.3, abs=0.05)
+    assert examples.robust_correct[good].mean() == pytest.approx(0.49, abs=0.02)
+    assert examples.robust_correct[~good].mean() == pytest.approx(0.09, abs=0.05)
 
 
 def test_the_judge_uses_the_same_draws_again():
@@ -267,6 +269,21 @@ def test_out_of_memory_halves_the_batch_and_changes_no_number():
 
     with pytest.raises(UserError, match="one image alone does not fit"):
         evaluated(PGD(steps=5), victim=Full(), batch_size=4)
+
+
+def test_a_batch_without_a_correct_image_is_not_attacked():
+    class Strict(Sum):
+        """Like `x.view(len(x), -1)`, which an empty batch breaks."""
+
+        def forward(self, x):
+            assert len(x) > 0
+            return super().forward(x)
+
+    split = make_split()
+    wrong = Split(split.images, 1 - split.labels, split.indices)
+    examples = evaluated(PGD(steps=2), victim=Strict(), split=wrong, batch_size=1).examples
+    assert examples.clean_correct.sum() == 4  # the ones that were labelled wrongly before
+    assert not examples.size[~examples.attacked].any()
 
 
 def test_progress_reports_the_running_accuracy():

@@ -29,8 +29,16 @@ from robustbench_local.results.labels import choice_label
             "defense",
             "adversarial_training",
             ["defense.recipe.adversarial_training.attack.steps=9"],
-            "adversarial_training-steps9",
+            "adversarial_training-attack.steps9",
         ),
+        (
+            "defense",
+            "adversarial_training",
+            ["defense.recipe.adversarial_training.validation.steps=9"],
+            "adversarial_training-validation.steps9",
+        ),
+        ("attack", "pgd", ["attack.seed=1"], "pgd-seed1"),
+        ("attack", "pgd", ["~attack.best_iterate"], "pgd-best_iterate-"),
     ],
 )
 def test_label(group, choice, overrides, expected):
