@@ -34,7 +34,9 @@ def show(record: Record, console: Console, *, leaderboard: Path, recorded: bool)
     for sentence in doubts(record):
         console.print(f"[yellow]note[/yellow] {escape(sentence)}", soft_wrap=True)
     state = "recorded before, not run again (force=true runs it)" if recorded else "recorded"
-    console.print(f"{state}: run {record['run_id']}; table: {escape(str(leaderboard))}")
+    console.print(
+        f"{state}: run {record['run_id']}; table: {escape(str(leaderboard))}", soft_wrap=True
+    )
 
 
 def doubts(record: Record) -> list[str]:
