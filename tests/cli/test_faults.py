@@ -22,7 +22,7 @@ JOB = (
     "model.width=4",
     "model.hidden=16",
     "train.epochs=8",
-    "train.min_steps=800",
+    "train.min_steps=400",
     "dataset.test_size=1000",
     "defense=adversarial_training",
 )
