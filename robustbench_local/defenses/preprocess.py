@@ -32,6 +32,7 @@ class Preprocess(nn.Module):
     @abstractmethod
     def transform(self, x: Images) -> Images:
         """The exact transform, what the deployed pipeline computes."""
+        # nn.Module has no ABC behind it, so the decorator alone would let a subclass forget this.
         raise NotImplementedError
 
     def surrogate(self, x: Images) -> Images:

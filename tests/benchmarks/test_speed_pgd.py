@@ -31,8 +31,8 @@ pytestmark = pytest.mark.slow
 
 EPSILON, STEP, STEPS, BATCH = 0.3, 0.01, 40, 500
 ROUNDS = 5
-NOISE = 0.95
-"""Identical work differs by up to 5% on a machine that does other things too."""
+NOISE = 0.97
+"""Identical work differs by up to 3% on a machine that does other things too."""
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 

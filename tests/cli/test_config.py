@@ -62,7 +62,9 @@ def test_every_choice_that_an_experiment_sweeps_over_composes(choice):
     params = composed(f"+experiment={choice}").hydra.sweeper.params or {}
     for key, values in params.items():
         for value in str(values).split(","):
-            composed(f"+experiment={choice}", f"{key}={value}")
+            config = composed(f"+experiment={choice}", f"{key}={value}")
+            assert isinstance(build(config.attack), Attack)
+            assert Defense(**build(config.defense)).name in (value, "none")
 
 
 @pytest.mark.parametrize("dataset", [path.stem for path in (CONF / "dataset").glob("*.yaml")])
@@ -97,7 +99,7 @@ def test_every_quoted_command_composes(command):
         else override.input_line
         for override in parsed
     ]
-    composed(*first)
+    assert isinstance(build(composed(*first).attack), Attack)
 
 
 def test_the_readme_quotes_commands():
