@@ -16,16 +16,20 @@ Loss: TypeAlias = Literal["ce", "margin", "dlr"]
 """What an attack climbs; see `attack_loss`."""
 
 
-def attack_loss(logits: Logits, y: Labels, loss: Loss) -> Tensor:
+def attack_loss(logits: Logits, y: Labels, loss: Loss, *, targeted: bool = False) -> Tensor:
     """The loss an attack climbs, one value per example, shape (N,).
 
-    - `margin`: largest wrong logit minus the true one (Carlini and Wagner 2017, arXiv:1608.04644).
+    `y` are the true labels or, if `targeted`, the classes wanted: then it is minus the loss.
+
+    - `margin`: largest other logit minus that of `y` (Carlini and Wagner 2017, arXiv:1608.04644).
       Above 0 the example is misclassified.
     - `ce`: cross-entropy in its log-odds form, logsumexp(wrong) - true. Cross-entropy is the
       softplus of it, so both rise together and their gradients of one example have the same
       direction; this form alone keeps that gradient when the softmax saturates.
     - `dlr`: difference of logits ratio (Croce and Hein 2020, arXiv:2003.01690); 3 classes or more.
     """
+    if targeted:
+        return -attack_loss(logits, y, loss)
     true = logits.gather(1, y[:, None]).squeeze(1)
     others = logits.scatter(1, y[:, None], -torch.inf)
     if loss == "ce":
@@ -48,29 +52,37 @@ class InputGradient(NamedTuple):
 
     gradient: Tensor  # (N, C, H, W), summed over the samples: attacks use its direction only
     loss: Tensor  # (N,), mean over the samples
-    correct: Tensor  # (N,) bool: classified as y in every sample
+    resists: Tensor  # (N,) bool: short of the attack's goal in some sample, see `resists`
 
 
 def input_gradient(
-    model: Model, x: Images, y: Labels, *, loss: Loss = "ce", eot_samples: int = 1
+    model: Model,
+    x: Images,
+    y: Labels,
+    *,
+    loss: Loss = "ce",
+    eot_samples: int = 1,
+    targeted: bool = False,
 ) -> InputGradient:
-    """The gradient of the loss with respect to the input, averaged over fresh forward passes.
+    """The gradient of `attack_loss` with respect to the input, averaged over fresh forward passes.
 
     More than one sample is expectation over transformation (Athalye et al. 2018,
     arXiv:1707.07397) for victims that draw random numbers.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        gradient, values, correct = _look(model, x, y, loss)
+        gradient, values, short = _look(model, x, y, loss, targeted)
         for _ in range(eot_samples - 1):
-            more = _look(model, x, y, loss)
-            gradient, values, correct = gradient + more[0], values + more[1], correct & more[2]
-    return InputGradient(gradient, values / eot_samples, correct)
+            more = _look(model, x, y, loss, targeted)
+            gradient, values, short = gradient + more[0], values + more[1], short & more[2]
+    return InputGradient(gradient, values / eot_samples, short)
 
 
-def _look(model: Model, x: Images, y: Labels, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+def _look(
+    model: Model, x: Images, y: Labels, loss: Loss, targeted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     logits = model(x)
-    values = attack_loss(logits, y, loss)
+    values = attack_loss(logits, y, loss, targeted=targeted)
     (gradient,) = torch.autograd.grad(values.sum(), x)
     # The sum is NaN where any entry is; looking at each is needed then only.
     if gradient.sum().isnan() and gradient.isnan().any():
@@ -79,12 +91,18 @@ def _look(model: Model, x: Images, y: Labels, loss: Loss) -> tuple[Tensor, Tenso
             f"the input gradient is NaN for image {image} of a batch; expected finite numbers: "
             "give the part of the model that has no gradient a surrogate (BPDA)"
         )
-    return gradient, values.detach(), is_correct(logits, y)
+    return gradient, values.detach(), resists(logits, y, targeted=targeted)
 
 
 def is_correct(logits: Logits, y: Labels) -> Tensor:
     """Whether the true class has the largest logit, shape (N,); ties as `argmax` breaks them."""
     return logits.detach().argmax(1) == y
+
+
+def resists(logits: Logits, y: Labels, *, targeted: bool = False) -> Tensor:
+    """Whether the attack is short of its goal, shape (N,): still class `y`, or not `y` yet."""
+    held = is_correct(logits, y)
+    return ~held if targeted else held
 
 
 def is_randomized(model: nn.Module) -> bool:

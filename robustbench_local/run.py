@@ -17,19 +17,21 @@ from robustbench_local.data import Dataset, load
 from robustbench_local.defenses import Defense
 from robustbench_local.display import Display
 from robustbench_local.errors import UserError
-from robustbench_local.evaluation import SAMPLE, Judging, Oracle, audit, evaluate, is_random
+from robustbench_local.evaluation import SAMPLE, Judging, audit, evaluate_curve, is_random
 from robustbench_local.identity import file_sha256
 from robustbench_local.models import build_model, check_model, load_checkpoint, model_key
+from robustbench_local.oracle import Oracle
 from robustbench_local.results import Record, Store, write_leaderboard
+from robustbench_local.results.curve import draw_curve
 from robustbench_local.results.labels import choice_label
 from robustbench_local.results.record import AWARENESS, make_record, run_identity
 from robustbench_local.results.report import show
 from robustbench_local.results.store import check_writable
-from robustbench_local.threat import ThreatModel
+from robustbench_local.threat import ThreatModel, parse_epsilon
 from robustbench_local.training import Schedule, Trained, fit
 
 
-def run_from_hydra(config: DictConfig) -> Record:
+def run_from_hydra(config: DictConfig) -> list[Record]:
     """`run` for a configuration that Hydra composed; its choices give the names of the row."""
     runtime = HydraConfig.get().runtime
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
@@ -44,20 +46,21 @@ class Choices:
     folders: Sequence[Path]
 
 
-def run(config: DictConfig, choices: Choices) -> Record:
-    """Evaluate one defended model under one attack and return its record.
+def run(config: DictConfig, choices: Choices) -> list[Record]:
+    """Evaluate one defended model under one attack; one record for each `threat.epsilon`.
 
-    A run that is recorded already is shown from its record unless `config.force`. Raises
-    `UserError` before anything is recorded where the configuration, the data, the model or the
-    folders are wrong.
+    What is recorded already is shown from its record unless `config.force`. Raises `UserError`
+    before anything is recorded where the configuration, the data, the model or the folders are
+    wrong.
     """
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     check_settings(settings)
     display = Display()
     device = choose_device(str(config.device))
-    threat: ThreatModel = build(config.threat)
+    points = [Point(build_threat(config, value), value) for value in epsilons(settings)]
     attack: Attack = build(config.attack)
-    attack.require(threat)
+    for point in points:
+        attack.require(point.threat)
     defense = build_defense(config.defense)
     data_dir, cache, results = (
         Path(str(config.paths[key])).expanduser() for key in ("data", "cache", "results")
@@ -67,10 +70,12 @@ def run(config: DictConfig, choices: Choices) -> Record:
     check_writable(cache, "paths.cache")
 
     data = load(build(config.dataset), data_dir, cache, device)
-    run_id = run_identity(settings, data, device)
-    record = None if config.force else store.find(run_id)
-    known = record is not None
-    if record is None:
+    run_ids = [run_identity(point.settings(settings), data, device) for point in points]
+    known = {} if config.force else {name: store.find(name) for name in run_ids}
+    records: dict[str, Record] = {name: record for name, record in known.items() if record}
+    missing = {n: point for n, point in zip(run_ids, points, strict=True) if n not in records}
+    recorded = len(records)
+    if missing:
         trained = get_model(settings, data, defense, device, cache, display)
         victim = defense.apply(trained.model)
         sample = min(SAMPLE, config.batch_size)
@@ -78,33 +83,69 @@ def run(config: DictConfig, choices: Choices) -> Record:
         # Seen, not only declared: a network of the user's own may be random without saying so.
         randomized = defense.randomized(victim) or is_random(victim, data, sample=sample)
         draws = config.judge_draws if randomized else 1
-        oracle = Oracle(victim, threat, data.num_classes, randomized=randomized)
-        attack = attack.fit(oracle, data.validation, threat)
+        threats = [point.threat for point in missing.values()]
+        oracle = Oracle(victim, threats[0], data.num_classes, randomized=randomized)
+        attack = attack.fit(oracle, data.validation, threats[0])
         with display.evaluation(choices.chosen["attack"], len(data.test)) as progress:
-            outcomes = evaluate(
+            curve = evaluate_curve(
                 oracle,
                 attack,
                 data.test,
+                [threat.epsilon for threat in threats],
                 batch_size=config.batch_size,
                 judging=Judging(draws=draws, seed=config.seed, reseed=defense.reseeder(victim)),
                 progress=progress,
                 say=display.say,
             )
-        record = make_record(
-            run_id=run_id,
-            settings=settings,
-            labels=name_row(config, choices, data, defense, threat),
-            data=data,
-            threat=threat,
-            trained=trained,
-            outcomes=outcomes,
-            flags=flags,
-            device=device,
-        )
-        store.add(record, outcomes.examples)
+        for (run_id, point), outcomes in zip(missing.items(), curve, strict=True):
+            records[run_id] = make_record(
+                run_id=run_id,
+                settings=point.settings(settings),
+                labels=name_row(config, choices, data, defense, point.threat),
+                data=data,
+                threat=point.threat,
+                trained=trained,
+                outcomes=outcomes,
+                report=attack.report(),
+                flags=flags,
+                device=device,
+            )
+            store.add(records[run_id], outcomes.examples)
     leaderboard = write_leaderboard(store)
-    show(record, display.output, leaderboard=leaderboard, recorded=known)
-    return record
+    finished = [records[run_id] for run_id in run_ids]
+    show(finished, display.output, leaderboard=leaderboard, recorded=recorded)
+    if len(finished) > 1:
+        display.output.print(f"curve: {draw_curve(store, finished)}", soft_wrap=True)
+    return finished
+
+
+@dataclass(frozen=True)
+class Point:
+    """One epsilon of a run: its threat model, and the radius as it was written."""
+
+    threat: ThreatModel
+    epsilon: Any
+
+    def settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration of this epsilon alone, so that its record is that of a single run."""
+        return {**settings, "threat": {**settings["threat"], "epsilon": self.epsilon}}
+
+
+def epsilons(settings: Mapping[str, Any]) -> list[Any]:
+    """The radii of `threat.epsilon`, one or a list. Raises `UserError` for an empty list."""
+    given = settings["threat"]["epsilon"]
+    values = given if isinstance(given, list) else [given]
+    if not values:
+        raise UserError(
+            "threat.epsilon=[] holds no radius; type for example threat.epsilon=[0.1,0.2,0.3]"
+        )
+    return sorted(dict.fromkeys(values), key=parse_epsilon)
+
+
+def build_threat(config: DictConfig, epsilon: Any) -> ThreatModel:
+    """The threat model at one radius."""
+    threat: ThreatModel = build(OmegaConf.merge(config, {"threat": {"epsilon": epsilon}}).threat)
+    return threat
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """What the adversary may do. The only owner of epsilon."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import get_args
+from typing import Self, get_args
 
 import torch
 from torch import Tensor
@@ -40,12 +40,17 @@ class ThreatModel:
     such as "8/255" are read. `query_budget` is the number of forward passes per example, `None`
     for no limit. Raises `UserError` for a radius that is negative, not a number, or above 1 for
     linf.
+
+    `per_example` makes one for a batch in which every image has a radius of its own, so that a
+    whole curve is attacked at once; `epsilon` is then the largest of them, and `threat[rows]` goes
+    with `x[rows]`.
     """
 
     norm: Norm
     epsilon: float
     access: Access = "gradients"
     query_budget: int | None = None
+    radii: Tensor | None = field(default=None, repr=False, compare=False)  # (N,), or one for all
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "epsilon", parse_epsilon(self.epsilon))
@@ -78,6 +83,21 @@ class ThreatModel:
                 "more, type threat.query_budget=null for no limit"
             )
 
+    def per_example(self, radii: Tensor) -> Self:
+        """The same adversary with a radius for each example of a batch, shape (N,)."""
+        largest = float(radii.max()) if len(radii) else 0.0
+        return replace(self, epsilon=largest, radii=radii)
+
+    def __getitem__(self, rows: Tensor | slice) -> Self:
+        """What holds for some examples of the batch; the same object where all share one radius."""
+        return self if self.radii is None else replace(self, radii=self.radii[rows])
+
+    def radius(self, x: Images, share: float = 1.0) -> Tensor:
+        """This share of epsilon in the type of `x`, of shape (N, 1, 1, 1) or (1, 1, 1, 1)."""
+        if self.radii is None:
+            return x.new_full((1, 1, 1, 1), share * self.epsilon)
+        return (share * self.radii.double()).to(x).view(-1, 1, 1, 1)
+
     def allows(self, needs: Access) -> bool:
         """Whether this adversary may use an attack that needs this access."""
         return _ACCESS.index(needs) >= _ACCESS.index(self.access)
@@ -101,50 +121,62 @@ class ThreatModel:
         that bring the image nearest are kept.
         """
         if self.norm == "linf":
-            low, high = (x - self.epsilon).clamp_(min=0), (x + self.epsilon).clamp_(max=1)
+            epsilon = self.epsilon if self.radii is None else self.radius(x)
+            low, high = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
             return torch.minimum(torch.maximum(x_adv, low), high)
         boxed = x_adv.clamp(0, 1)
         if self.norm == "l0":
             return self._keep_largest(x_adv, boxed, x)
-        outside = self.size(boxed, x) > self.epsilon
+        outside = self.size(boxed, x) > self._limits(x)
         if not outside.any():
             return boxed
         start, wanted = x[outside], x_adv[outside]
+        limits = self[outside]._limits(start)[:, None]  # (N, 1), float64
         delta = (wanted - start).flatten(1)
         room = torch.where(delta > 0, 1 - start.flatten(1), start.flatten(1))
         shrink = _shrink_l2 if self.norm == "l2" else _shrink_l1
-        magnitude = shrink(delta.abs(), room, self.epsilon)
+        magnitude = shrink(delta.abs(), room, limits)
         inside = (start + (delta.sign() * magnitude).view_as(start)).clamp_(0, 1)
         # Adding to x rounds; what that carried out of the ball is drawn back by as much.
         for _ in range(2):
-            ratio = self.epsilon / self.size(inside, start).clamp(min=1e-30)
+            ratio = limits[:, 0] / self.size(inside, start).clamp(min=1e-30)
             ratio = torch.where(ratio < 1, ratio - 1e-7, 1.0).to(x.dtype).clamp_(min=0)
             inside = start + (inside - start) * ratio.view(-1, 1, 1, 1)
         boxed[outside] = inside
         return boxed
 
+    def _limits(self, x: Images) -> Tensor:
+        """Epsilon of every example, float64, shape (N,)."""
+        if self.radii is None:
+            return torch.full((len(x),), self.epsilon, device=x.device, dtype=torch.float64)
+        return self.radii.to(x.device, torch.float64)
+
     def _keep_largest(self, wanted: Images, boxed: Images, x: Images) -> Images:
         # How much nearer to `wanted` each pixel comes by being changed, (N, H*W).
         gain = ((wanted - x).square() - (wanted - boxed).square()).sum(1).flatten(1)
-        count = min(int(self.epsilon), gain.shape[1])
-        keep = torch.zeros_like(gain, dtype=torch.bool)
-        keep.scatter_(1, gain.topk(count, dim=1).indices, True)
-        return torch.where(keep.view(x.shape[0], 1, *x.shape[2:]), boxed, x)
+        return torch.where(self._most(gain, x), boxed, x)
+
+    def _most(self, gain: Tensor, x: Images) -> Tensor:
+        """The `epsilon` pixels of highest gain of every example, bool (N, 1, H, W)."""
+        rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        most: Tensor = (rank < self._limits(x)[:, None]).view(x.shape[0], 1, *x.shape[2:])
+        return most
 
     def random_start(self, x: Images, draws: Draws) -> Images:
         """A uniformly drawn point of the ball around `x`, then projected into the box too."""
         pixels = x[0].numel()
+        epsilon = self._limits(x)[:, None].float()
         if self.norm == "linf":
-            delta = draws.uniform(pixels).mul_(2).sub_(1).mul_(self.epsilon)
+            delta = draws.uniform(pixels).mul_(2).sub_(1).mul_(epsilon)
         elif self.norm == "l2":
             delta = draws.normal(pixels)
-            radius = draws.uniform(1) ** (1 / pixels) * self.epsilon
+            radius = draws.uniform(1) ** (1 / pixels) * epsilon
             delta *= radius / delta.norm(dim=1, keepdim=True)
         elif self.norm == "l1":
             # Exponential magnitudes divided by their sum and one more: uniform in the simplex.
             magnitude = -draws.uniform(pixels).log()
             total = magnitude.sum(1, keepdim=True) - draws.uniform(1).log()
-            delta = magnitude / total * (draws.uniform(pixels) - 0.5).sign() * self.epsilon
+            delta = magnitude / total * (draws.uniform(pixels) - 0.5).sign() * epsilon
         else:
             return self._random_pixels(x, draws)
         return self.project(x + delta.view_as(x).to(x.dtype), x)
@@ -152,21 +184,19 @@ class ThreatModel:
     def _random_pixels(self, x: Images, draws: Draws) -> Images:
         places = x[0, 0].numel()
         colour = draws.uniform(x[0].numel()).view_as(x).to(x.dtype)
-        chosen = draws.uniform(places).topk(min(int(self.epsilon), places), dim=1).indices
-        keep = torch.zeros(x.shape[0], places, dtype=torch.bool, device=x.device)
-        keep.scatter_(1, chosen, True)
-        return torch.where(keep.view(x.shape[0], 1, *x.shape[2:]), colour, x)
+        return torch.where(self._most(draws.uniform(places), x), colour, x)
 
     def direction(
-        self, gradient: Tensor, x_adv: Images, length: float, *, progress: float = 0.0
+        self, gradient: Tensor, x_adv: Images, length: Tensor | float, *, progress: float = 0.0
     ) -> Tensor:
         """The step of unit size along which the loss rises most; 0 where the gradient is 0.
 
-        linf: the sign; l2: the normalised gradient. l1: a step of this `length` goes to the entries
-        with the largest gradient, in order, each taking an equal share and no more than the box
-        leaves it. The share is that of 1% of the entries (Tramer and Boneh 2019, arXiv:1904.13000)
-        and grows to the whole step over the last 40% of the attack, at `progress` 0.6 to 1, since
-        equal shares alone stop short of the best point (cf. Croce and Hein 2021, arXiv:2103.01208).
+        linf: the sign; l2: the normalised gradient. l1: a step of this `length` (one for all, or of
+        shape (N, 1, 1, 1)) goes to the entries with the largest gradient, in order, each taking an
+        equal share and no more than the box leaves it. The share is that of 1% of the entries
+        (Tramer and Boneh 2019, arXiv:1904.13000) and grows to the whole step over the last 40% of
+        the attack, at `progress` 0.6 to 1, since equal shares alone stop short of the best point
+        (cf. Croce and Hein 2021, arXiv:2103.01208).
         """
         if self.norm == "linf":
             return gradient.sign()
@@ -177,7 +207,7 @@ class ThreatModel:
             return torch.nn.functional.normalize(flat, dim=1).view_as(gradient)
         if self.norm != "l1":
             raise UserError("a gradient step is not defined under l0; choose an l0 attack")
-        room = torch.where(gradient > 0, 1 - x_adv, x_adv).flatten(1).clamp(min=0) / length
+        room = (torch.where(gradient > 0, 1 - x_adv, x_adv) / length).flatten(1).clamp(min=0)
         entries = round(max(1.0, flat.shape[1] / 100) ** min(1.0, (1 - progress) / 0.4))
         share = room.clamp_(max=1 / entries)
         share = share.masked_fill_(flat == 0, 0)
@@ -204,12 +234,13 @@ class ThreatModel:
                 f"pixels from {values.min():.7g} to {values.max():.7g} leave [0, 1]", image=image
             )
         size = self.size(x_adv, x)
-        outside = size > self.epsilon + TOLERANCE * max(1.0, self.epsilon)
+        limits = self._limits(x)
+        outside = size > limits + TOLERANCE * limits.clamp(min=1)
         if outside.any():
             image = _first(outside)
             raise BudgetError(
                 f"a perturbation of {self.norm} size {size[image]:.7g} exceeds epsilon "
-                f"{self.epsilon:.7g}",
+                f"{limits[image]:.7g}",
                 image=image,
             )
 
@@ -230,12 +261,15 @@ def _first(mask: Tensor) -> int:
     return int(mask.nonzero()[0, 0])
 
 
-def _shrink_l2(magnitude: Tensor, room: Tensor, radius: float) -> Tensor:
+def _shrink_l2(magnitude: Tensor, room: Tensor, radius: Tensor) -> Tensor:
     """min(s * magnitude, room) with the largest s in [0, 1] that keeps the l2 norm at `radius`.
+
+    `radius` has shape (N, 1).
 
     The set of entries that their room holds back only grows as s grows, so solving for s with the
     set fixed and enlarging it ends after finitely many turns, exactly.
     """
+    radius = radius.to(magnitude.dtype)
     held = torch.zeros_like(magnitude, dtype=torch.bool)
     while True:
         free = magnitude.masked_fill(held, 0).square().sum(1, keepdim=True)
@@ -247,7 +281,7 @@ def _shrink_l2(magnitude: Tensor, room: Tensor, radius: float) -> Tensor:
         held |= more
 
 
-def _shrink_l1(magnitude: Tensor, room: Tensor, radius: float) -> Tensor:
+def _shrink_l1(magnitude: Tensor, room: Tensor, radius: Tensor) -> Tensor:
     """clip(magnitude - cut, 0, room) with the smallest cut >= 0 that keeps the sum at `radius`.
 
     The sum falls piecewise linearly in the cut: entry i stays at `room` until `magnitude - room`,

@@ -146,7 +146,7 @@ def test_what_a_look_tells() -> None:
     with torch.no_grad():
         logits = model(x)
     look = input_gradient(model, x, y, loss="margin")
-    assert torch.equal(look.correct, logits.argmax(1) == y)
+    assert torch.equal(look.resists, logits.argmax(1) == y)
     torch.testing.assert_close(look.loss, attack_loss(logits, y, "margin"))
     assert not look.loss.requires_grad
     assert not look.gradient.requires_grad
@@ -165,7 +165,7 @@ def test_samples_are_fresh_and_counted() -> None:
     assert len({float(single.loss[0]) for single in singles}) == 4
     torch.testing.assert_close(look.gradient, sum(single.gradient for single in singles))
     torch.testing.assert_close(look.loss, torch.stack([s.loss for s in singles]).mean(0))
-    assert torch.equal(look.correct, torch.stack([s.correct for s in singles]).all(0))
+    assert torch.equal(look.resists, torch.stack([s.resists for s in singles]).all(0))
 
 
 def test_gradients_flow_where_autograd_is_switched_off() -> None:

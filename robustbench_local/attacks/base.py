@@ -1,9 +1,11 @@
 """What every attack is: a frozen set of hyper-parameters that can be called."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from robustbench_local.attacks.target import choose_targets
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import pristine
 from robustbench_local.threat import ThreatModel
@@ -11,6 +13,7 @@ from robustbench_local.types import Access, Images, Labels, Model, Norm
 
 if TYPE_CHECKING:
     from robustbench_local.data import Split
+    from robustbench_local.oracle import Oracle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +22,39 @@ class Attack(ABC):
 
     Subclasses are frozen dataclasses whose fields are the hyper-parameters in natural units, none
     of them the budget. They say what they `need`, which `norms` they serve, and implement `run`.
-    `seed` decides every random draw, together with the pixels of the example.
+    `seed` decides every random draw, together with the pixels of the example. Those that can aim
+    at a class have a field `target`, see `attacks.target`.
+
+    `per_example_radius` says that the attack serves threat models with a radius for each example,
+    `minimum_norm` that it looks for the smallest perturbation whatever epsilon is: either way a
+    curve over epsilons takes one pass.
     """
 
     needs: ClassVar[Access]
     norms: ClassVar[frozenset[Norm]]
+    per_example_radius: ClassVar[bool] = False
+    minimum_norm: ClassVar[bool] = False
 
     seed: int = 0
 
-    def fit(self, model: Model, data: "Split", threat: ThreatModel) -> Self:
-        """Prepare on the attacker's own data; substitute attacks train here."""
+    def fit(self, oracle: "Oracle", data: "Split", threat: ThreatModel) -> Self:
+        """Prepare on the attacker's own data, none of it evaluated; substitute attacks train here.
+
+        What it asks the oracle is counted. The default needs nothing.
+        """
         return self
+
+    def report(self) -> Mapping[str, Any]:
+        """What the record should say about the attack beside accuracies, as JSON holds it."""
+        return {}
+
+    def goal(self, model: Model, x: Images, y: Labels) -> tuple[Labels, bool]:
+        """The labels the attack works on, and whether these are classes it wants (a `target`)."""
+        target = getattr(self, "target", None)
+        if target is None:
+            return y, False
+        with pristine(model, seed=self.seed):
+            return choose_targets(target, model, x, y, seed=self.seed), True
 
     def __call__(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Perturbed images, same shape, type and device as `x`; `x` itself is not modified.

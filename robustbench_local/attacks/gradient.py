@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from robustbench_local.attacks.base import Attack, require_count
+from robustbench_local.attacks.target import Target, check_target
 from robustbench_local.errors import UserError
-from robustbench_local.gradients import Loss, attack_loss, input_gradient, is_correct, is_randomized
+from robustbench_local.gradients import Loss, attack_loss, input_gradient, is_randomized, resists
 from robustbench_local.randomness import Draws, derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Model, Norm
@@ -28,6 +29,7 @@ class PGD(Attack):
       `eot_samples` is above 1.
     - `best_iterate`: return the iterate of highest loss, not the last one. Off by itself for
       randomised victims too: the highest of many noisy losses is a lucky draw, not a good point.
+    - `target`: the class to reach (Kurakin et al. 2017, arXiv:1607.02533), see `attacks.target`.
 
     Deviations from the paper: the two switches above (both only make it stronger), a uniform
     random start for every norm, and the l1 step (see `ThreatModel.direction`).
@@ -35,6 +37,7 @@ class PGD(Attack):
 
     needs: ClassVar[Access] = "gradients"
     norms: ClassVar[frozenset[Norm]] = frozenset({"linf", "l2", "l1"})
+    per_example_radius: ClassVar[bool] = True
 
     steps: int = 40
     step_size: float = 0.1
@@ -44,8 +47,10 @@ class PGD(Attack):
     eot_samples: int = 1
     early_stop: bool = True
     best_iterate: bool = True
+    target: Target = None
 
     def __post_init__(self) -> None:
+        check_target(self.target)
         for name in ("steps", "restarts", "eot_samples"):
             require_count(name, getattr(self, name))
         if self.loss not in get_args(Loss):
@@ -64,6 +69,7 @@ class PGD(Attack):
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """All restarts, each on the survivors of the ones before."""
+        y, _ = self.goal(model, x, y)
         settled = self.eot_samples == 1 and not is_randomized(model)
         search = _Search(x, settled=settled, stop=self.early_stop, keep=self.best_iterate)
         for restart in range(self.restarts):
@@ -71,7 +77,7 @@ class PGD(Attack):
             if len(alive) == 0:
                 break
             draws = Draws(x[alive], derive_seed(self.seed, "pgd", restart))
-            self._climb(model, x[alive], y[alive], threat, draws, alive, search)
+            self._climb(model, x[alive], y[alive], threat[alive], draws, alive, search)
         return search.best
 
     def _climb(
@@ -86,18 +92,22 @@ class PGD(Attack):
     ) -> None:
         """One ascent of the examples `index`; what it finds goes into `search`."""
         x_adv = threat.random_start(x, draws) if self.random_start else x
+        stride = threat.radius(x, self.step_size)
         for step in range(self.steps):
-            look = input_gradient(model, x_adv, y, loss=self.loss, eot_samples=self.eot_samples)
+            look = input_gradient(
+                model, x_adv, y,
+                loss=self.loss, eot_samples=self.eot_samples, targeted=self.target is not None,
+            )  # fmt: skip
             gradient = look.gradient
             # The unperturbed image is no candidate: the attack's own points are.
             if step > 0 or self.random_start:
-                going = search.offer(index, x_adv, look.loss, look.correct)
+                going = search.offer(index, x_adv, look.loss, look.resists)
                 if going is not None:
                     if len(going) == 0:
                         return
                     x, y, index = x[going], y[going], index[going]
-                    x_adv, gradient = x_adv[going], gradient[going]
-            stride = self.step_size * threat.epsilon
+                    x_adv, gradient, threat = x_adv[going], gradient[going], threat[going]
+                    stride = threat.radius(x, self.step_size)
             progress = step / max(1, self.steps - 1)
             move = threat.direction(gradient, x_adv, stride, progress=progress)
             x_adv = threat.project(x_adv + stride * move, x)
@@ -105,15 +115,16 @@ class PGD(Attack):
             search.best[index] = x_adv  # nothing to compare with: a forward pass saved
             return
         with torch.no_grad():
-            loss, correct = self._measure(model, x_adv, y)
-        search.offer(index, x_adv, loss, correct, final=True)
+            loss, short = self._measure(model, x_adv, y)
+        search.offer(index, x_adv, loss, short, final=True)
 
     def _measure(self, model: Model, x: Images, y: Labels) -> tuple[Tensor, Tensor]:
-        """Mean loss, and whether correct in every sample, of the last iterate."""
+        """Mean loss of the last iterate, and whether it is short of the goal in every sample."""
+        targeted = self.target is not None
         outputs = [model(x) for _ in range(self.eot_samples)]
-        loss = torch.stack([attack_loss(logits, y, self.loss) for logits in outputs]).mean(0)
-        correct = torch.stack([is_correct(logits, y) for logits in outputs]).all(0)
-        return loss, correct
+        losses = [attack_loss(logits, y, self.loss, targeted=targeted) for logits in outputs]
+        short = [resists(logits, y, targeted=targeted) for logits in outputs]
+        return torch.stack(losses).mean(0), torch.stack(short).all(0)
 
 
 class _Search:
@@ -139,15 +150,16 @@ class _Search:
         return torch.arange(len(self.best), device=self.best.device)
 
     def offer(
-        self, index: Tensor, x_adv: Images, loss: Tensor, correct: Tensor, *, final: bool = False
+        self, index: Tensor, x_adv: Images, loss: Tensor, resists: Tensor, *, final: bool = False
     ) -> Tensor | None:
         """Take those points of the examples `index` that are better than what is held.
 
-        Returns the rows to go on with, or `None` for all of them. A misclassified point beats any
-        correct one, then the loss decides. Without `keep` the points on the way are taken only
-        where an example stops; the `final` ones always compete, with those of other restarts.
+        Returns the rows to go on with, or `None` for all of them. A point that reached the goal
+        beats any that `resists`, then the loss decides. Without `keep` the points on the way are
+        taken only where an example stops; the `final` ones always compete, with those of other
+        restarts.
         """
-        broken = ~correct if self._settled else torch.zeros_like(correct)
+        broken = ~resists if self._settled else torch.zeros_like(resists)
         if self.keep or final:
             held = self._broken[index]
             better = (broken & ~held) | ((broken == held) & (loss > self._loss[index]))
@@ -162,5 +174,5 @@ class _Search:
             self._loss[places] = loss[rows].to(self._loss.dtype)
             self._broken[places] = broken[rows]
         if self.stop and not final and bool(broken.any()):
-            return correct.nonzero().squeeze(1)
+            return resists.nonzero().squeeze(1)
         return None

@@ -7,6 +7,7 @@ import torch
 
 from robustbench_local.attacks.base import Attack, require_count
 from robustbench_local.gradients import is_correct
+from robustbench_local.oracle import ask
 from robustbench_local.randomness import Draws, derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Model, Norm
@@ -22,6 +23,7 @@ class Noise(Attack):
 
     needs: ClassVar[Access] = "labels"
     norms: ClassVar[frozenset[Norm]] = frozenset({"linf", "l2", "l1", "l0"})
+    per_example_radius: ClassVar[bool] = True
 
     samples: int = 10
 
@@ -34,9 +36,9 @@ class Noise(Attack):
         draws = Draws(x, derive_seed(self.seed, "noise"))
         alive = torch.arange(len(x), device=x.device)
         for _ in range(self.samples):
-            x_adv = threat.random_start(x[alive], draws)
+            x_adv = threat[alive].random_start(x[alive], draws)
             with torch.no_grad():
-                correct = is_correct(model(x_adv), y[alive])
+                correct = is_correct(ask(model, x_adv, alive), y[alive])
             best[alive] = x_adv
             going = correct.nonzero().squeeze(1)
             if len(going) == 0:

@@ -1,8 +1,8 @@
 """Attack a victim on a whole test set, batch by batch, and let the judge decide."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ from robustbench_local.attacks import Attack
 from robustbench_local.data import Split
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation.judge import Verdict, exact, judge
-from robustbench_local.evaluation.oracle import Oracle
+from robustbench_local.oracle import Oracle
 from robustbench_local.randomness import derive_seed
-from robustbench_local.threat import BudgetError
+from robustbench_local.threat import BudgetError, ThreatModel
 from robustbench_local.types import Images, Labels
 
 
@@ -35,11 +35,15 @@ class PerExample:
     adversarial_prediction: NDArray[np.int64]
     attacked: NDArray[np.bool_]
     size: NDArray[np.float64]  # of the perturbation, under the norm of the threat model
+    target: NDArray[np.int64]  # the class a targeted attack wanted; -1: any wrong one
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The outcome of every example and what the evaluation cost."""
+    """The outcome of every example and what the evaluation cost.
+
+    Of several radii attacked at once the costs are means over them.
+    """
 
     examples: PerExample
     forward_passes: float  # per attacked image, by the attack
@@ -74,94 +78,188 @@ def evaluate(
 ) -> Outcomes:
     """Robust accuracy of the oracle's victim on all of `split`, under the oracle's threat model.
 
+    See `evaluate_curve`, of which this is one point.
+    """
+    return evaluate_curve(
+        oracle,
+        attack,
+        split,
+        [oracle.threat.epsilon],
+        batch_size=batch_size,
+        judging=judging,
+        progress=progress,
+        say=say,
+    )[0]
+
+
+def evaluate_curve(
+    oracle: Oracle,
+    attack: Attack,
+    split: Split,
+    epsilons: Sequence[float],
+    *,
+    batch_size: int,
+    judging: Judging | None = None,
+    progress: Callable[[int, float], None] = lambda done, robust: None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> list[Outcomes]:
+    """Robust accuracy at each epsilon, otherwise under the oracle's threat model.
+
+    An attack that serves a radius for each example meets all epsilons in one batch, one that looks
+    for the smallest perturbation runs once at the largest; any other runs once for each.
+
     Where the device runs out of memory the batch is halved and the work goes on, which `say` is
     told; the attack's draws belong to the example, so the numbers of a deterministic victim do not
-    depend on it. `progress` is
-    called with the number of images done since its last call and the robust accuracy so far.
-    Raises `BudgetError`, naming the image, where the attack leaves its threat model: neither a
-    crash nor a foul of an attack ever counts as robustness.
+    depend on it. `progress` is called with the number of images done since its last call and the
+    robust accuracy so far, at the largest epsilon. Raises `BudgetError`, naming the image, where
+    the attack leaves its threat model: neither a crash nor a foul of an attack ever counts as
+    robustness.
     """
     judging = judging or Judging()
-    parts: list[PerExample] = []
+    threats = [replace(oracle.threat, epsilon=epsilon) for epsilon in epsilons]
+    hardest = max(range(len(threats)), key=lambda place: threats[place].epsilon)
+    parts: list[list[PerExample]] = []
     clock = {"attack": 0.0, "judge": 0.0}
+    before = oracle.forward_passes, oracle.backward_passes
     start, robust = 0, 0.0
     while start < len(split):
-        rows = torch.arange(start, min(start + batch_size, len(split)))
+        at_once = batch_size // len(threats) if attack.per_example_radius else batch_size
+        rows = torch.arange(start, min(start + max(1, at_once), len(split)))
         spent = oracle.forward_passes, oracle.backward_passes
         try:
-            part = _attack_batch(oracle, attack, split, rows, judging, clock)
+            part = _attack_batch(oracle, attack, threats, split, rows, judging, clock)
         except torch.OutOfMemoryError:
             oracle.forward_passes, oracle.backward_passes = spent
             batch_size = _halve(batch_size, say)
             continue
         parts.append(part)
         start += len(rows)
-        robust += float(part.robust_correct.sum())
+        robust += float(part[hardest].robust_correct.sum())
         progress(len(rows), robust / start)
 
-    examples = PerExample(
-        *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(PerExample))
-    )
-    attacked = max(1, int(examples.attacked.sum()))
-    return Outcomes(
-        examples,
-        forward_passes=oracle.forward_passes / attacked,
-        backward_passes=oracle.backward_passes / attacked,
-        attack_seconds=clock["attack"],
-        judge_seconds=clock["judge"],
-        batch_size=batch_size,
-    )
+    curve = [
+        PerExample(
+            *(np.concatenate([getattr(p, f.name) for p in point]) for f in fields(PerExample))
+        )
+        for point in zip(*parts, strict=True)
+    ]
+    attacked = max(1, sum(int(point.attacked.sum()) for point in curve))
+    return [
+        Outcomes(
+            point,
+            forward_passes=(oracle.forward_passes - before[0]) / attacked,
+            backward_passes=(oracle.backward_passes - before[1]) / attacked,
+            attack_seconds=clock["attack"] / len(curve),
+            judge_seconds=clock["judge"] / len(curve),
+            batch_size=batch_size,
+        )
+        for point in curve
+    ]
 
 
 def _attack_batch(
     oracle: Oracle,
     attack: Attack,
+    threats: Sequence[ThreatModel],
     split: Split,
     rows: torch.Tensor,
     judging: Judging,
     clock: dict[str, float],
-) -> PerExample:
-    """Judge, attack what is correct, judge again."""
+) -> list[PerExample]:
+    """Judge, attack what is correct, judge again; one result for each threat model."""
     on_device = rows.to(split.labels.device)
     x, y = split.pixels(on_device), split.labels[on_device]
     began = _now(x)
-    clean = _verdict(oracle, x, x, y, judging, "clean", rows)
+    clean = _verdict(oracle, threats[0], x, x, y, judging, "clean", rows)
     attacked = clean.correct.any(1)
-    after_clean = _now(x)
+    wanted, targeted = attack.goal(oracle.victim, x, y)
+    clock["judge"] += _now(x) - began
 
-    correct, prediction, size = clean.correct.clone(), clean.prediction.clone(), clean.size.clone()
-    after_attack = after_clean
+    chosen = attacked.to(x.device)
+    found = [x[chosen]] * len(threats)
     if attacked.any():  # not every model takes an empty batch
-        chosen = attacked.to(x.device)
         if judging.reseed is not None:
             judging.reseed(derive_seed(judging.seed, "attack", int(rows[0])))
-        oracle.begin(int(chosen.sum()))
+        began = _now(x)
         with exact():
-            found = attack(oracle, x[chosen], y[chosen], oracle.threat)
-        after_attack = _now(x)
-        try:
-            fooled = _verdict(oracle, found, x[chosen], y[chosen], judging, "attacked", rows)
-        except BudgetError as error:
-            raise _renumbered(error, split.indices[rows][attacked]) from None
-        correct[attacked] &= fooled.correct
-        prediction[attacked] = fooled.prediction
-        size[attacked] = fooled.size
-    clock["attack"] += after_attack - after_clean
-    clock["judge"] += after_clean - began + _now(x) - after_attack
-    return PerExample(
-        indices=split.indices[rows].numpy(),
-        labels=y.cpu().numpy(),
-        clean_correct=clean.correct.double().mean(1).numpy(),
-        robust_correct=correct.double().mean(1).numpy(),
-        clean_prediction=clean.prediction.numpy(),
-        adversarial_prediction=prediction.numpy(),
-        attacked=attacked.numpy(),
-        size=size.numpy(),
-    )
+            found = _find(oracle, attack, threats, x[chosen], y[chosen])
+        clock["attack"] += _now(x) - began
+
+    began = _now(x)
+    results = []
+    for threat, x_adv in zip(threats, found, strict=True):
+        correct, prediction = clean.correct.clone(), clean.prediction.clone()
+        size = clean.size.clone()
+        if attacked.any():
+            try:
+                fooled = _verdict(
+                    oracle, threat, x_adv, x[chosen], y[chosen], judging, "attacked", rows
+                )
+            except BudgetError as error:
+                raise _renumbered(error, split.indices[rows][attacked]) from None
+            correct[attacked] &= fooled.correct
+            prediction[attacked] = fooled.prediction
+            size[attacked] = fooled.size
+        result = PerExample(
+            indices=split.indices[rows].numpy(),
+            labels=y.cpu().numpy(),
+            clean_correct=clean.correct.double().mean(1).numpy(),
+            robust_correct=correct.double().mean(1).numpy(),
+            clean_prediction=clean.prediction.numpy(),
+            adversarial_prediction=prediction.numpy(),
+            attacked=attacked.numpy(),
+            size=size.numpy(),
+            target=(wanted if targeted else torch.full_like(wanted, -1)).cpu().numpy(),
+        )
+        results.append(result)
+    clock["judge"] += _now(x) - began
+    return results
+
+
+def _find(
+    oracle: Oracle, attack: Attack, threats: Sequence[ThreatModel], x: Images, y: Labels
+) -> list[Images]:
+    """What the attack makes of the images under each threat model."""
+    if len(threats) > 1 and attack.minimum_norm:
+        oracle.begin(len(x))
+        largest = max(threats, key=lambda threat: threat.epsilon)
+        nearest = attack(oracle, x, y, largest)
+        sizes = largest.size(nearest, x)
+        inside = [(sizes <= threat.epsilon).view(-1, 1, 1, 1) for threat in threats]
+        return [torch.where(mask, nearest, x) for mask in inside]
+    if len(threats) > 1 and attack.per_example_radius:
+        return _find_at_once(oracle, attack, threats, x, y)
+    found = []
+    for threat in threats:
+        oracle.begin(len(x))
+        found.append(attack(oracle, x, y, threat))
+    return found
+
+
+def _find_at_once(
+    oracle: Oracle, attack: Attack, threats: Sequence[ThreatModel], x: Images, y: Labels
+) -> list[Images]:
+    """All radii above 0 in one batch, each image once for each of them."""
+    radii = torch.tensor([threat.epsilon for threat in threats], dtype=torch.float64)
+    some = radii[radii > 0]
+    found = [x.clone()] * len(threats)
+    if len(some):
+        each = some.repeat_interleave(len(x)).to(x.device)
+        oracle.begin(len(each))
+        many = attack(
+            oracle,
+            x.repeat(len(some), 1, 1, 1),
+            y.repeat(len(some)),
+            oracle.threat.per_example(each),
+        )
+        parts = iter(many.view(len(some), *x.shape))
+        found = [next(parts) if radius > 0 else x.clone() for radius in radii.tolist()]
+    return found
 
 
 def _verdict(
     oracle: Oracle,
+    threat: ThreatModel,
     x_adv: Images,
     x: Images,
     y: Labels,
@@ -175,7 +273,7 @@ def _verdict(
         x_adv,
         x,
         y,
-        oracle.threat,
+        threat,
         num_classes=oracle.num_classes,
         draws=judging.draws,
         seed=derive_seed(judging.seed, look, int(rows[0])),

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from robustbench_local.errors import UserError
-from robustbench_local.evaluation.oracle import check_logits
 from robustbench_local.gradients import pristine, seed_global
+from robustbench_local.oracle import check_logits
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Images, Labels, Model

@@ -11,7 +11,7 @@ import torch
 
 from robustbench_local.data import Dataset
 from robustbench_local.evaluation.audit import Flag
-from robustbench_local.evaluation.evaluate import Outcomes
+from robustbench_local.evaluation.evaluate import Outcomes, PerExample
 from robustbench_local.evaluation.judge import VERSION as JUDGE_VERSION
 from robustbench_local.identity import (
     class_version,
@@ -33,7 +33,7 @@ AWARENESS = "adaptive"
 
 _CODE = (
     "attacks", "data", "defenses", "evaluation", "models", "training",
-    "gradients.py", "randomness.py", "run.py", "threat.py",
+    "gradients.py", "oracle.py", "randomness.py", "run.py", "threat.py",
 )  # fmt: skip
 
 
@@ -64,7 +64,12 @@ def comparability(settings: Mapping[str, Any], data: Dataset, threat: ThreatMode
         {
             "dataset": data.fingerprint,
             "test": data.test_fingerprint,
-            "threat": asdict(threat),
+            "threat": {
+                "norm": threat.norm,
+                "epsilon": threat.epsilon,
+                "access": threat.access,
+                "query_budget": threat.query_budget,
+            },
             "awareness": AWARENESS,
             "judge": JUDGE_VERSION,
         }
@@ -80,6 +85,7 @@ def make_record(
     threat: ThreatModel,
     trained: "Trained",
     outcomes: Outcomes,
+    report: Mapping[str, Any],
     flags: list[Flag],
     device: torch.device,
 ) -> Record:
@@ -99,6 +105,7 @@ def make_record(
         "clean_accuracy": wilson(float(clean), n)._asdict(),
         "robust_accuracy": wilson(float(robust), n)._asdict(),
         "attack_success_rate": float((clean - robust) / clean) if clean else None,
+        "target_success_rate": _target_success(examples),
         "perturbation": {
             "norm": threat.norm,
             "mean": float(sizes.mean()) if len(sizes) else 0.0,
@@ -109,6 +116,7 @@ def make_record(
             "forward": outcomes.forward_passes,
             "backward": outcomes.backward_passes,
         },
+        "attack_report": dict(report),
         "seconds": {
             "training": trained.seconds,
             "attack": outcomes.attack_seconds,
@@ -140,6 +148,14 @@ def make_record(
         "environment": environment(device),
         "config": {key: value for key, value in settings.items() if key != "paths"},
     }
+
+
+def _target_success(examples: PerExample) -> float | None:
+    """The share of the attacked images, where there was a class to reach, that ended in it."""
+    aimed = examples.attacked & (examples.target >= 0) & (examples.target != examples.labels)
+    if not aimed.any():
+        return None
+    return float((examples.adversarial_prediction == examples.target)[aimed].mean())
 
 
 def _code_of(name: str) -> str:

@@ -1,5 +1,6 @@
 """What a person sees of a finished run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -9,34 +10,76 @@ from rich.table import Table
 from robustbench_local.results.store import Record
 
 
-def show(record: Record, console: Console, *, leaderboard: Path, recorded: bool) -> None:
-    """Print one finished run as a table, its doubts below it, and where to find more."""
-    labels = record["labels"]
+def show(records: Sequence[Record], console: Console, *, leaderboard: Path, recorded: int) -> None:
+    """Print the finished run as a table, a line for each epsilon, and its doubts below it.
+
+    `recorded` of the records were there before.
+    """
+    labels = records[0]["labels"]
+    radii = " ".join(str(record["config"]["threat"]["epsilon"]) for record in records)
     title = (
-        f"{labels['dataset']}: {labels['model']}, defense {labels['defense']}, {labels['norm']} "
-        f"{record['config']['threat']['epsilon']}"
+        f"{labels['dataset']}: {labels['model']}, defense {labels['defense']}, "
+        f"{labels['norm']} {radii}"
     )
     table = Table(title=escape(title), title_justify="left", title_style="bold")
     table.add_column("attack", overflow="fold")
-    for heading in ("clean", "robust", "95% interval", "n", "train s", "attack s"):
+    headings = ["clean", "robust", "95% interval", "n", "train s", "attack s"]
+    if len(records) > 1:
+        headings.insert(0, "epsilon")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    robust, seconds = record["robust_accuracy"], record["seconds"]
-    table.add_row(
-        escape(labels["attack"]),
-        _percent(record["clean_accuracy"]["value"]),
-        _percent(robust["value"]),
-        f"{100 * robust['low']:.2f} - {100 * robust['high']:.2f}",
-        str(record["n"]),
-        f"{seconds['training']:.1f}",
-        f"{seconds['attack']:.1f}",
-    )
+    for record in records:
+        robust, seconds = record["robust_accuracy"], record["seconds"]
+        cells = [
+            _percent(record["clean_accuracy"]["value"]),
+            _percent(robust["value"]),
+            f"{100 * robust['low']:.2f} - {100 * robust['high']:.2f}",
+            str(record["n"]),
+            f"{seconds['training']:.1f}",
+            f"{seconds['attack']:.1f}",
+        ]
+        if len(records) > 1:
+            cells.insert(0, str(record["config"]["threat"]["epsilon"]))
+        table.add_row(escape(record["labels"]["attack"]), *cells)
     console.print(table)
-    for sentence in doubts(record):
+    for record in records:
+        _show_parts(record, console)
+    for sentence in dict.fromkeys(sentence for record in records for sentence in doubts(record)):
         console.print(f"[yellow]note[/yellow] {escape(sentence)}", soft_wrap=True)
-    state = "recorded before, not run again (force=true runs it)" if recorded else "recorded"
-    console.print(
-        f"{state}: run {record['run_id']}; table: {escape(str(leaderboard))}", soft_wrap=True
-    )
+    state = "recorded" if recorded == 0 else f"{recorded} of {len(records)} recorded before"
+    if recorded == len(records):
+        state = "recorded before, not run again (force=true runs it)"
+    run_ids = " ".join(record["run_id"] for record in records)
+    console.print(f"{state}: run {run_ids}; table: {escape(str(leaderboard))}", soft_wrap=True)
+
+
+def _show_parts(record: Record, console: Console) -> None:
+    """What an attack reports beside accuracies: the parts of a cascade, or single figures."""
+    report = dict(record["attack_report"])
+    parts = report.pop("parts", None)
+    if parts:
+        heading = f"{record['labels']['attack']}, part by part, each on the survivors"
+        table = Table(title=escape(heading), title_justify="left")
+        table.add_column("part", overflow="fold")
+        for column in ("attacked", "broken", "forward", "backward", "s"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for part in parts:
+            table.add_row(
+                escape(part["name"]),
+                *(str(part[key]) for key in ("attacked", "broken", "forward", "backward")),
+                f"{part['seconds']:.1f}",
+            )
+        console.print(table)
+    figures = [f"{key.replace('_', ' ')} {_plain(value)}" for key, value in report.items()]
+    rate = record["target_success_rate"]
+    if rate is not None:
+        figures.append(f"reached the target class: {_percent(rate)} of the images attacked")
+    for figure in figures:
+        console.print(escape(figure), soft_wrap=True)
+
+
+def _plain(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def doubts(record: Record) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robustbench_local.attacks import Attack
 from robustbench_local.data import Split
 from robustbench_local.errors import UserError
-from robustbench_local.evaluation.oracle import Oracle
+from robustbench_local.oracle import Oracle
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Norm
 

@@ -7,7 +7,8 @@ from torch import nn
 from robustbench_local.attacks import PGD, Attack
 from robustbench_local.data import Split
 from robustbench_local.errors import UserError
-from robustbench_local.evaluation import Judging, Oracle, evaluate, judge
+from robustbench_local.evaluation import Judging, evaluate, judge
+from robustbench_local.oracle import Oracle
 from robustbench_local.threat import BudgetError, ThreatModel
 
 LINF = ThreatModel(norm="linf", epsilon=0.1)

@@ -6,7 +6,7 @@ from torch import nn
 
 from robustbench_local.attacks import PGD, Noise
 from robustbench_local.errors import UserError
-from robustbench_local.evaluation import Oracle, QueryBudgetError
+from robustbench_local.oracle import Oracle, QueryBudgetError
 from robustbench_local.threat import ThreatModel
 
 

@@ -10,7 +10,7 @@ import pytest
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation import PerExample
 from robustbench_local.results import Store, fold, wilson, write_leaderboard
-from robustbench_local.results.store import check_writable
+from robustbench_local.results.store import RECORD_VERSION, check_writable
 
 
 def examples(robust, clean=None):
@@ -18,7 +18,8 @@ def examples(robust, clean=None):
     n = len(robust)
     clean = np.ones(n) if clean is None else np.asarray(clean, float)
     whole = np.zeros(n, np.int64)
-    return PerExample(np.arange(n), whole, clean, robust, whole, whole, clean > 0, np.zeros(n))
+    size, target = np.zeros(n), whole - 1
+    return PerExample(np.arange(n), whole, clean, robust, whole, whole, clean > 0, size, target)
 
 
 def record(
@@ -30,7 +31,7 @@ def record(
         "norm": "linf", "epsilon": 0.3, "access": "gradients", "awareness": "adaptive",
     }  # fmt: skip
     return {
-        "version": 1,
+        "version": RECORD_VERSION,
         "run_id": run_id,
         "finished": finished,
         "comparability": labels.pop("comparability", "key"),

@@ -1,5 +1,8 @@
 """What the attacker may see of the victim, and what it costs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,7 +13,7 @@ from robustbench_local.types import Images, Logits, Model
 
 
 class QueryBudgetError(UserError):
-    """An attack asked for more forward passes than its threat model grants."""
+    """An attack asked for more forward passes than it was granted."""
 
 
 class Oracle(nn.Module):
@@ -19,8 +22,8 @@ class Oracle(nn.Module):
     Under `gradients` its output carries a graph; under `scores` it is cut off; under `labels` it
     is the one-hot vector of the predicted class. `forward_passes` and `backward_passes` count
     images; `randomized` tells attacks that the victim was seen to draw random numbers. Raises
-    `QueryBudgetError` when the budget of the examples announced with `begin` is spent, and
-    `UserError` where the victim returns a wrong shape or numbers that are not finite.
+    `QueryBudgetError` when the budget of the examples announced with `begin`, or the `allowance`,
+    is spent, and `UserError` where the victim returns a wrong shape or numbers that are not finite.
     """
 
     def __init__(
@@ -33,16 +36,28 @@ class Oracle(nn.Module):
         self.num_classes = num_classes
         self.forward_passes = 0
         self.backward_passes = 0
-        self._examples = 0
-        self._spent = 0
+        self._spent = torch.zeros(0, dtype=torch.int64)  # of each example announced
+        self._allowed: int | None = None
 
     def begin(self, examples: int) -> None:
         """A new batch of this many examples, each with its whole budget."""
-        self._examples, self._spent = examples, 0
+        self._spent = torch.zeros(examples, dtype=torch.int64)
 
-    def forward(self, x: Images) -> Logits:
-        """Ask about a batch of images; see the class."""
-        self._charge(len(x))
+    @contextmanager
+    def allowance(self, queries: int) -> Iterator[None]:
+        """Grant the body so many forward passes in all, whichever images they are about."""
+        self._allowed = queries
+        try:
+            yield
+        finally:
+            self._allowed = None
+
+    def forward(self, x: Images, owners: Tensor | None = None) -> Logits:
+        """Ask about a batch of images; see the class.
+
+        `owners` says which of the examples announced each image is about, shape (N,).
+        """
+        self._charge(len(x), owners)
         if self.threat.access == "gradients":
             logits = check_logits(self.victim(x), x, self.num_classes)
             if logits.requires_grad:
@@ -54,22 +69,39 @@ class Oracle(nn.Module):
             return logits
         return functional.one_hot(logits.argmax(1), self.num_classes).to(logits.dtype)
 
-    def _charge(self, images: int) -> None:
+    def _charge(self, images: int, owners: Tensor | None) -> None:
+        if self._allowed is not None:
+            self._allowed -= images
+            if self._allowed < 0:
+                raise QueryBudgetError(
+                    f"the attack asked {-self._allowed} queries more than attack.query_budget "
+                    "grants; raise attack.query_budget or give the attack fewer seeds or rounds"
+                )
         self.forward_passes += images
-        if self.threat.query_budget is None or self._examples == 0:
+        budget, examples = self.threat.query_budget, len(self._spent)
+        if budget is None or examples == 0:
             return
-        # A call with no more images than examples asks at most once about each of them; a larger
-        # one asks several times, spread evenly.
-        self._spent += -(-images // self._examples)
-        if self._spent > self.threat.query_budget:
+        if owners is not None:
+            self._spent += torch.bincount(owners.cpu(), minlength=examples)
+        else:
+            # A call with no more images than examples asks at most once about each of them; a
+            # larger one asks several times, spread evenly.
+            self._spent += -(-images // examples)
+        if int(self._spent.max()) > budget:
             raise QueryBudgetError(
-                f"the attack asked for forward pass {self._spent} of an example but "
-                f"threat.query_budget={self.threat.query_budget}; give the attack fewer steps or "
-                "restarts, or raise threat.query_budget"
+                f"the attack asked for forward pass {int(self._spent.max())} of an example but "
+                f"threat.query_budget={budget}; give the attack fewer steps, restarts or queries, "
+                "or raise threat.query_budget"
             )
 
     def _count_backward(self, gradient: Tensor) -> None:
         self.backward_passes += len(gradient)
+
+
+def ask(model: Model, x: Images, owners: Tensor) -> Logits:
+    """The model's answer, charged to the right examples where the model counts; see `Oracle`."""
+    logits: Logits = model(x, owners) if isinstance(model, Oracle) else model(x)
+    return logits
 
 
 def check_logits(logits: Tensor, x: Images, num_classes: int) -> Logits:

@@ -1,0 +1,60 @@
+"""Robust accuracy against epsilon, drawn from records."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from robustbench_local.files import atomic_path
+from robustbench_local.identity import content_id
+from robustbench_local.results.store import Record, Store
+
+_ALONE = ("dataset", "model", "train", "defense", "norm", "access", "awareness")
+
+
+def draw_curve(store: Store, records: Sequence[Record]) -> Path:
+    """A PNG below `curves/` with every recorded point of the records' victim and threat norm.
+
+    One line for each attack, its 95% Wilson interval as a band, and the clean accuracy at 0. The
+    points are those measured on the same weights and the same test images.
+    """
+    # Drawing needs no screen; imported here since most runs draw nothing.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    first = records[0]
+    kin = [record for record in store.all() if _same_victim(record, first)]
+    lines: dict[str, dict[float, Record]] = defaultdict(dict)
+    for record in sorted(kin, key=lambda record: str(record["finished"])):
+        lines[record["labels"]["attack"]][record["labels"]["epsilon"]] = record
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for attack in sorted(lines):
+        points = lines[attack]
+        radii = [0.0, *sorted(radius for radius in points if radius > 0)]
+        accuracies = [first["clean_accuracy"]]
+        accuracies += [points[radius]["robust_accuracy"] for radius in radii[1:]]
+        (line,) = axes.plot(radii, [a["value"] for a in accuracies], marker="o", label=attack)
+        low, high = ([a[end] for a in accuracies] for end in ("low", "high"))
+        axes.fill_between(radii, low, high, alpha=0.2, color=line.get_color())
+    labels = first["labels"]
+    axes.set_xlabel(f"epsilon ({labels['norm']}, pixel units)")
+    axes.set_ylabel(f"robust accuracy, n = {first['n']}, 95% interval")
+    axes.set_title(f"{labels['dataset']}: {labels['model']}, defense {labels['defense']}")
+    axes.set_ylim(0, 1)
+    axes.legend()
+    key = content_id({"weights": first["weights"]["sha256"], **{k: labels[k] for k in _ALONE}})
+    path = store.folder / "curves" / f"{labels['dataset']}-{labels['norm']}-{key[:8]}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    return path
+
+
+def _same_victim(one: Record, other: Record) -> bool:
+    return (
+        one["weights"]["sha256"] == other["weights"]["sha256"]
+        and one["dataset"]["test_fingerprint"] == other["dataset"]["test_fingerprint"]
+        and all(one["labels"][key] == other["labels"][key] for key in _ALONE)
+    )
