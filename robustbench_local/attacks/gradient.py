@@ -57,6 +57,11 @@ class PGD(Attack):
             raise UserError(
                 f"attack.loss={self.loss} is unknown; expected one of {', '.join(get_args(Loss))}"
             )
+        if self.target is not None and self.loss == "dlr":
+            raise UserError(
+                "attack.loss=dlr aims at no class: its denominator rewards other ones; type "
+                "attack.loss=margin or choose attack=apgd_t"
+            )
         if not self.step_size > 0:  # also NaN
             raise UserError(
                 f"attack.step_size={self.step_size:g}; expected a fraction of epsilon above 0"

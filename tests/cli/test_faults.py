@@ -1,12 +1,14 @@
 """A run killed at any moment resumes, loses nothing, and ends with an unbroken run's numbers."""
 
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -15,19 +17,22 @@ import pytest
 pytestmark = pytest.mark.slow
 
 KILLS = 20
+AT_ONCE = 2
+"""Jobs side by side: each has one thread."""
 
-# Long enough for a kill to hit training, attack and writing: some seconds of work after start-up.
+# Some seconds of training and of attack each, for kills to hit.
 JOB = (
     "+experiment=smoke",
     "model.width=4",
     "model.hidden=16",
     "train.epochs=8",
-    "train.min_steps=400",
+    "train.min_steps=150",
     "dataset.test_size=1000",
     "defense=adversarial_training",
 )
+STAGES = ("start", "training", "attack")
 BRIEF = ("train.epochs=2", "train.min_steps=1")
-LONG = ("attack.restarts=3", "attack.steps=60")
+LONG = ("attack.restarts=8", "attack.steps=60")
 OLDER = ("attack=fgsm", "train.epochs=1", "train.min_steps=1")
 
 
@@ -38,6 +43,9 @@ def start(folder, *words):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Whoever started the tests in the background had them, and their children, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -78,14 +86,33 @@ def before(tmp_path_factory):
     return folder
 
 
+def stage(folder):
+    """Where a run is, by what it has left so far."""
+    if len(list((folder / "results/records").iterdir())) > 2:
+        return "writing"
+    if len(list((folder / "cache/weights").glob("*.json"))) > 1:
+        return "attack"
+    return "training" if list((folder / "cache/training").glob("*.pt")) else "start"
+
+
+def wait_for(name, job, folder):
+    """Seconds until the run has come so far, or ended."""
+    began = time.perf_counter()
+    while stage(folder) != name and job.poll() is None:
+        time.sleep(0.01)
+    return time.perf_counter() - began
+
+
 @pytest.fixture(scope="module")
 def unbroken(before, tmp_path_factory):
-    """The numbers of both runs where nothing is killed, and the seconds the long one takes."""
+    """The numbers of both runs where nothing is killed, and the seconds of each stage."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     shutil.copytree(before, folder)
-    began = time.perf_counter()
-    finish(folder, *LONG)
-    return numbers(folder), time.perf_counter() - began
+    job = start(folder, *LONG)
+    ends = ("training", "attack", "writing")
+    seconds = dict(zip(STAGES, [wait_for(end, job, folder) for end in ends], strict=True))
+    assert job.wait(timeout=60) == 0
+    return numbers(folder), seconds
 
 
 @pytest.fixture(scope="module")
@@ -97,63 +124,63 @@ def brief(before, tmp_path_factory):
     return numbers(folder)
 
 
-def stage(folder):
-    """Where a killed run was, by what it left."""
-    if len(list((folder / "results/records").iterdir())) > 2:
-        return "writing"
-    if len(list((folder / "cache/weights").glob("*.json"))) > 1:
-        return "attack"
-    return "training" if list((folder / "cache/training").glob("*.pt")) else "start"
-
-
 def test_kill_at_random_moments(before, unbroken, tmp_path):
     expected, seconds = unbroken
     older = set(numbers(before))
-    # Always the same moments as shares of the run: a failure can be had again.
+    # Always the same moments as shares of a stage: a failure can be had again.
     moments = random.Random(7)
-    stages = set()
-    for kill in range(KILLS):
-        folder = tmp_path / f"kill{kill}"
+    plan = [(STAGES[kill % 3], moments.uniform(0, 1)) for kill in range(KILLS)]
+
+    def kill(number):
+        name, moment = plan[number]
+        folder = tmp_path / f"kill{number}"
         shutil.copytree(before, folder)
         job = start(folder, *LONG)
-        try:
-            job.wait(moments.uniform(0.2, 1.05) * seconds)
-        except subprocess.TimeoutExpired:
-            job.send_signal(signal.SIGKILL)
+        wait_for(name, job, folder)
+        time.sleep(moment * seconds[name])
+        job.send_signal(signal.SIGKILL)
         job.communicate()
-        stages.add(stage(folder))
+        hit = stage(folder)
         check_whole(folder, older)
         finish(folder, *LONG)
         assert numbers(folder) == expected
         check_whole(folder, set(expected))
         assert not list(folder.rglob("*.damaged"))
-    assert {"training", "attack"} <= stages
+        return hit
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        stages = list(pool.map(kill, range(KILLS)))
+    assert set(STAGES) <= set(stages), stages
 
 
-@pytest.mark.parametrize("count", range(1, 8))
-def test_kill_at_every_write(before, brief, tmp_path, count):
+def test_kill_at_every_write(before, brief, tmp_path):
     """Not left to chance: die before the n-th file of the run gets its name."""
-    folder = tmp_path / "run"
-    shutil.copytree(before, folder)
-    code = (
-        "import os, signal, sys\n"
-        f"real, left = os.replace, [{count}]\n"
-        "def deadly(*words, **keywords):\n"
-        "    left[0] -= 1\n"
-        "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(*words, **keywords)\n"
-        "os.replace = deadly\n"
-        f"sys.argv = ['robustbench_local', *{[*JOB, *BRIEF]!r}]\n"
-        "from robustbench_local.__main__ import main\n"
-        "main()\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
-    check_whole(folder, set(numbers(before)))
-    finish(folder, *BRIEF)
-    assert numbers(folder) == brief
-    check_whole(folder, set(brief))
-    assert not list(folder.rglob("*.tmp"))
+
+    def kill(count):
+        folder = tmp_path / f"write{count}"
+        shutil.copytree(before, folder)
+        code = (
+            "import os, signal, sys\n"
+            f"real, left = os.replace, [{count}]\n"
+            "def deadly(*words, **keywords):\n"
+            "    left[0] -= 1\n"
+            "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return real(*words, **keywords)\n"
+            "os.replace = deadly\n"
+            f"sys.argv = ['robustbench_local', *{[*JOB, *BRIEF]!r}]\n"
+            "from robustbench_local.__main__ import main\n"
+            "main()\n"
+        )
+        killed = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True)
+        assert killed.returncode == -signal.SIGKILL
+        check_whole(folder, set(numbers(before)))
+        finish(folder, *BRIEF)
+        assert numbers(folder) == brief
+        check_whole(folder, set(brief))
+        assert not list(folder.rglob("*.tmp"))
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(kill, range(1, 8)))
 
 
 def test_ctrl_c_exits_130_and_goes_on_where_it_was(before, unbroken, tmp_path):

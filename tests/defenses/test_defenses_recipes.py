@@ -181,15 +181,16 @@ def test_adversarial_training_of_a_toy_is_more_robust_than_standard():
     x = torch.full((400, 1, 1, 2), 0.5)
     x[:, 0, 0, 0] += (y * 2 - 1) * 0.05  # always right, but within reach of epsilon 0.1
     flipped = torch.rand(400, generator=generator) < 0.1
-    x[:, 0, 0, 1] += (y * 2 - 1) * torch.where(flipped, -1, 1) * 0.3
+    x[:, 0, 0, 1] += (y * 2 - 1) * torch.where(flipped, -1, 1) * 0.2
     threat = ThreatModel(norm="linf", epsilon=0.1)
     robust = {}
     for recipe in (Standard(), AdversarialTraining(attack=PGD(steps=3, step_size=0.5),
                                                    threat=threat, epsilon_ramp=0.0)):  # fmt: skip
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
-        optimizer = torch.optim.SGD(model.parameters(), lr=20.0)
-        for number in range(200):
+        optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+        for number in range(400):
+            optimizer.param_groups[0]["lr"] = 10 * (1 - number / 400)  # else it ends oscillating
             optimizer.zero_grad()
             loss, _ = recipe.loss(
                 model,
