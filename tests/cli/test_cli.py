@@ -152,6 +152,37 @@ def test_a_sweep_makes_one_line_per_row_and_a_column_per_attack(cli):
     assert (table["worst_case"] <= worst.min(axis=1) + 1e-12).all()
 
 
+def test_a_list_of_epsilons_is_a_curve_of_records_and_a_picture(cli):
+    finished = cli(*QUICK, "threat.epsilon=[26/255,0,0.3]", "attack=fgsm")
+    assert finished.code == 0
+    single = {str(record["config"]["threat"]["epsilon"]): record for record in records().values()}
+    assert sorted(single) == ["0", "0.3", "26/255"]
+    accuracies = [single[radius]["robust_accuracy"]["value"] for radius in ("0", "26/255", "0.3")]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert accuracies[0] == single["0"]["clean_accuracy"]["value"] > accuracies[2]
+    assert len({record["weights"]["sha256"] for record in single.values()}) == 1
+    (picture,) = Path("results/curves").iterdir()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.name in finished.out
+    # A point of a curve is the run at that epsilon alone; only a new one is run.
+    assert "recorded before" in cli(*QUICK, "threat.epsilon=0.3", "attack=fgsm").out
+    assert "2 of 3 recorded before" in cli(
+        *QUICK, "threat.epsilon=[0.1,0.3,26/255]", "attack=fgsm"
+    ).out  # fmt: skip
+    assert len(records()) == 4
+
+
+def test_a_targeted_attack_reports_how_often_it_got_there(cli):
+    finished = cli(*QUICK, "attack.target=next")
+    assert finished.code == 0
+    ((run_id, record),) = records().items()
+    arrays = np.load(f"results/records/{run_id}.npz")
+    assert (arrays["target"] == (arrays["labels"] + 1) % 10).all()
+    reached = (arrays["adversarial_prediction"] == arrays["target"])[arrays["attacked"]].mean()
+    assert record["target_success_rate"] == reached > 0.5
+    assert "reached the target class" in finished.out
+
+
 def test_a_failing_run_does_not_stop_a_sweep(cli):
     finished = cli("-m", *QUICK, "attack=noise", "attack.samples=0,1")
     assert finished.code == 1
@@ -167,6 +198,9 @@ BAD = {
     "+attack.restart=2": "expected one of seed, steps, step_size, restarts",
     "threat.epsilon=-0.1": "is negative",
     "threat.epsilon=wide": "is not a number",
+    "threat.epsilon=[]": "holds no radius",
+    "threat.epsilon=[0.1,wide]": "is not a number",
+    "attack.target=nearest": "attack.target=nearest",
     "threat.epsilon=8": "is above 1",
     "threat.norm=l0 threat.epsilon=1": "does not serve threat.norm=l0",
     "threat.access=labels": "needs access to gradients",

@@ -20,6 +20,8 @@ KILLS = 20
 AT_ONCE = 2
 """Jobs side by side: each has one thread."""
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # their number decides how sums are rounded
+
 # Some seconds of training and of attack each, for kills to hit.
 JOB = (
     "+experiment=smoke",
@@ -43,7 +45,7 @@ def start(folder, *words):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
         # Whoever started the tests in the background had them, and their children, ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -111,7 +113,8 @@ def unbroken(before, tmp_path_factory):
     job = start(folder, *LONG)
     ends = ("training", "attack", "writing")
     seconds = dict(zip(STAGES, [wait_for(end, job, folder) for end in ends], strict=True))
-    assert job.wait(timeout=60) == 0
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, output
     return numbers(folder), seconds
 
 
@@ -171,7 +174,9 @@ def test_kill_at_every_write(before, brief, tmp_path):
             "from robustbench_local.__main__ import main\n"
             "main()\n"
         )
-        killed = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True)
+        killed = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, capture_output=True, env=ONE_THREAD
+        )
         assert killed.returncode == -signal.SIGKILL
         check_whole(folder, set(numbers(before)))
         finish(folder, *BRIEF)

@@ -6,7 +6,7 @@ from torch import nn
 
 from robustbench_local.attacks import PGD, Noise
 from robustbench_local.errors import UserError
-from robustbench_local.oracle import Oracle, QueryBudgetError
+from robustbench_local.oracle import Oracle, QueryBudgetError, ask
 from robustbench_local.threat import ThreatModel
 
 
@@ -62,6 +62,31 @@ def test_a_large_batch_of_candidates_spends_several_queries_of_each_example(vict
     budgeted(X.repeat(3, 1, 1, 1))
     with pytest.raises(QueryBudgetError):
         budgeted(X[:1])
+
+
+def test_queries_are_charged_to_their_owners(victim):
+    budgeted = oracle(victim, query_budget=4)
+    budgeted.begin(5)
+    # Twelve questions about three examples, in pieces smaller than the batch of examples.
+    owners = torch.tensor([4, 1, 2]).repeat_interleave(4)
+    for piece in owners.split(5):
+        ask(budgeted, X[piece], piece)
+    ask(budgeted, X[:1], torch.tensor([0]))
+    assert budgeted.forward_passes == 13
+    with pytest.raises(QueryBudgetError, match="forward pass 5 of an example"):
+        ask(budgeted, X[:1], torch.tensor([2]))
+    assert torch.equal(ask(victim, X, owners), victim(X))
+
+
+def test_an_allowance_covers_all_images_together(victim):
+    watched = oracle(victim, "labels")
+    with watched.allowance(7):
+        watched(X)
+        watched(X[:2])
+        with pytest.raises(QueryBudgetError, match=r"attack\.query_budget"):
+            watched(X[:1])
+    watched(X)  # over with the body
+    assert watched.forward_passes == 12
 
 
 def test_an_attack_that_needs_more_access_is_refused(victim):
