@@ -115,7 +115,7 @@ class PGD(Attack):
                     stride = threat.radius(x, self.step_size)
             progress = step / max(1, self.steps - 1)
             move = threat.direction(gradient, x_adv, stride, progress=progress)
-            x_adv = threat.project(x_adv + stride * move, x)
+            x_adv = threat.project(move.mul_(stride).add_(x_adv), x)
         if self.restarts == 1 and not (search.stop or search.keep):
             search.best[index] = x_adv  # nothing to compare with: a forward pass saved
             return
