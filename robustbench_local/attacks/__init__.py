@@ -1,7 +1,8 @@
 """Attacks: one file per family. A new one is a file here and a YAML in conf/attack/."""
 
+from robustbench_local.attacks.apgd import APGD
 from robustbench_local.attacks.base import Attack
 from robustbench_local.attacks.gradient import PGD
 from robustbench_local.attacks.noise import Noise
 
-__all__ = ["PGD", "Attack", "Noise"]
+__all__ = ["APGD", "PGD", "Attack", "Noise"]
