@@ -1,7 +1,7 @@
 """Gradients with respect to the input, the losses attacks climb, and leaving no trace."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -14,6 +14,9 @@ from robustbench_local.types import Images, Labels, Logits, Model
 
 Loss: TypeAlias = Literal["ce", "margin", "dlr"]
 """What an attack climbs; see `attack_loss`."""
+
+LossFunction: TypeAlias = Callable[[Logits, Labels], Tensor]
+"""Any other loss to climb: logits (N, K) and labels (N,) to one value per example, (N,)."""
 
 
 def attack_loss(logits: Logits, y: Labels, loss: Loss, *, targeted: bool = False) -> Tensor:
@@ -47,6 +50,19 @@ def attack_loss(logits: Logits, y: Labels, loss: Loss, *, targeted: bool = False
     raise UserError(f"attack.loss={loss} is unknown; expected ce, margin or dlr")
 
 
+def targeted_dlr(logits: Logits, y: Labels, wanted: Labels) -> Tensor:
+    """Difference of logits ratio of one wrong class, to be climbed, shape (N,).
+
+    (z_wanted - z_y) / (z_1 - (z_3 + z_4) / 2) with the logits in descending order (Croce and Hein
+    2020, arXiv:2003.01690). Needs 4 classes; below that it is the plain difference z_wanted - z_y.
+    """
+    lead = (logits.gather(1, wanted[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+    if logits.shape[1] < 4:
+        return lead
+    ordered = logits.topk(4, dim=1).values
+    return lead / (ordered[:, 0] - 0.5 * (ordered[:, 2] + ordered[:, 3]) + 1e-12)
+
+
 class InputGradient(NamedTuple):
     """One look at the victim: the gradient, and what its forward pass said on the way."""
 
@@ -60,11 +76,13 @@ def input_gradient(
     x: Images,
     y: Labels,
     *,
-    loss: Loss = "ce",
+    loss: Loss | LossFunction = "ce",
     eot_samples: int = 1,
     targeted: bool = False,
 ) -> InputGradient:
-    """The gradient of `attack_loss` with respect to the input, averaged over fresh forward passes.
+    """The gradient of a loss with respect to the input, averaged over fresh forward passes.
+
+    `loss` names one of `attack_loss`, or is a function that knows by itself what is wanted.
 
     More than one sample is expectation over transformation (Athalye et al. 2018,
     arXiv:1707.07397) for victims that draw random numbers.
@@ -79,10 +97,10 @@ def input_gradient(
 
 
 def _look(
-    model: Model, x: Images, y: Labels, loss: Loss, targeted: bool
+    model: Model, x: Images, y: Labels, loss: Loss | LossFunction, targeted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = model(x)
-    values = attack_loss(logits, y, loss, targeted=targeted)
+    values = loss(logits, y) if callable(loss) else attack_loss(logits, y, loss, targeted=targeted)
     (gradient,) = torch.autograd.grad(values.sum(), x)
     # The sum is NaN where any entry is; looking at each is needed then only.
     if gradient.sum().isnan() and gradient.isnan().any():

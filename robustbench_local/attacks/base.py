@@ -27,13 +27,15 @@ class Attack(ABC):
 
     `per_example_radius` says that the attack serves threat models with a radius for each example,
     `minimum_norm` that it looks for the smallest perturbation whatever epsilon is: either way a
-    curve over epsilons takes one pass.
+    curve over epsilons takes one pass. `foreign` that another library does the work: its draws
+    come from global generators in the order of the batch.
     """
 
     needs: ClassVar[Access]
     norms: ClassVar[frozenset[Norm]]
     per_example_radius: ClassVar[bool] = False
     minimum_norm: ClassVar[bool] = False
+    foreign: ClassVar[bool] = False
 
     seed: int = 0
 
