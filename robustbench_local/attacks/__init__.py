@@ -1,7 +1,12 @@
 """Attacks: one file per family. A new one is a file here and a YAML in conf/attack/."""
 
 from robustbench_local.attacks.base import Attack
+from robustbench_local.attacks.cw import CW
+from robustbench_local.attacks.ddn import DDN
+from robustbench_local.attacks.deepfool import DeepFool
+from robustbench_local.attacks.fmn import FMN
 from robustbench_local.attacks.gradient import PGD
 from robustbench_local.attacks.noise import Noise
+from robustbench_local.attacks.square import Square
 
-__all__ = ["PGD", "Attack", "Noise"]
+__all__ = ["CW", "DDN", "FMN", "PGD", "Attack", "DeepFool", "Noise", "Square"]
