@@ -4,7 +4,24 @@ from robustbench_local.attacks.apgd import APGD
 from robustbench_local.attacks.autoattack import AutoAttack
 from robustbench_local.attacks.base import Attack
 from robustbench_local.attacks.cascade import Cascade
+from robustbench_local.attacks.cw import CW
+from robustbench_local.attacks.ddn import DDN
+from robustbench_local.attacks.deepfool import DeepFool
+from robustbench_local.attacks.fmn import FMN
 from robustbench_local.attacks.gradient import PGD
 from robustbench_local.attacks.noise import Noise
+from robustbench_local.attacks.square import Square
 
-__all__ = ["APGD", "PGD", "Attack", "AutoAttack", "Cascade", "Noise"]
+__all__ = [
+    "APGD",
+    "Attack",
+    "AutoAttack",
+    "CW",
+    "Cascade",
+    "DDN",
+    "DeepFool",
+    "FMN",
+    "Noise",
+    "PGD",
+    "Square",
+]

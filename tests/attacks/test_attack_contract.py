@@ -22,18 +22,27 @@ from robustbench_local.types import Norm
 
 CHOICES = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "attack").glob("*.yaml"))
 
-DETERMINISTIC = {"fgsm"}
+DETERMINISTIC = {"cw", "ddn", "deepfool", "fgsm", "fmn"}
 """Attacks that draw nothing; every other one must answer to its seed."""
 
 EPSILON: dict[Norm, float] = {"linf": 0.1, "l2": 0.6, "l1": 3, "l0": 3}
 
 # The contract holds for any number of steps, so a few are enough.
-FEW = {"steps": 5, "restarts": 2, "samples": 3, "queries": 60, "population": 10, "generations": 3}
-FEW |= {"eot_samples": 2}
+FEW = {
+    "steps": 5,
+    "restarts": 2,
+    "samples": 3,
+    "queries": 60,
+    "population": 10,
+    "generations": 3,
+    "levels": 2,
+    "eot_samples": 2,
+}
 
 # Where these are still too many, or too few to get anywhere.
 QUICK: dict[str, dict[str, float]] = {
     "autoattack": {"steps": 2, "queries": 5},
+    "cw": {"steps": 10, "step_size": 0.3, "binary_search_steps": 3, "initial_const": 10},
 }
 
 
