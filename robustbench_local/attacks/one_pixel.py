@@ -26,8 +26,9 @@ class OnePixel(Attack):
     better. There are `generations` of them, so an image costs population * (generations + 1)
     forward passes at most.
 
-    - `candidates`: images in one forward pass at most, of all examples together; it bounds memory
-      and changes no result.
+    - `candidates`: images in one forward pass at most, of all examples together, or `None` for a
+      number that suits the device. It bounds memory (beside it about 60 kB for each example) and
+      changes no result.
     - `eot_samples`: forward passes averaged for each candidate.
     - `target`: the class to reach, see `attacks.target`.
 
@@ -51,13 +52,15 @@ class OnePixel(Attack):
     generations: int = 100
     mutation: float = 0.5
     eot_samples: int = 1
-    candidates: int = 1000
+    candidates: int | None = None
     target: Target = None
 
     def __post_init__(self) -> None:
         check_target(self.target)
-        for name in ("population", "generations", "eot_samples", "candidates"):
+        for name in ("population", "generations", "eot_samples"):
             require_count(name, getattr(self, name))
+        if self.candidates is not None:
+            require_count("candidates", self.candidates)
         if self.population < 3:
             raise UserError(
                 f"attack.population={self.population}; a child has three different parents, so "
@@ -99,7 +102,7 @@ class OnePixel(Attack):
             if swarm.finished():
                 break
         if not settled:
-            swarm.fitness, _ = swarm.measure(swarm.genes)
+            swarm.look_again()
         everyone = torch.ones_like(swarm.rows, dtype=torch.bool)
         rows, images = swarm.champions(everyone, swarm.genes, swarm.fitness)
         best[rows] = images
@@ -128,13 +131,14 @@ class _Swarm:
         self._scorer = scorer
         self._draws = Draws(x, derive_seed(seed, "one pixel"))
         self._size = torch.tensor([height, width], dtype=torch.float32, device=x.device)
+        self._places = height * width
         self.rows = torch.arange(len(x), device=x.device)
         self.genes = torch.zeros(
             (len(x), population, pixels, 2 + channels), dtype=torch.float32, device=x.device
         )
         self.fitness = x.new_full((len(x), population), -torch.inf)
         self._left = None if left is None else torch.full_like(self.rows, left)
-        fits = recalls and Memory.fits(pixels, height * width, channels)
+        fits = recalls and Memory.fits(pixels, self._places, channels)
         self._memory = Memory(x) if fits else None
 
     def scatter(self) -> Tensor:
@@ -180,7 +184,7 @@ class _Swarm:
         score = self.fitness.new_full((len(fresh),), -torch.inf)
         if self._memory is not None:
             rows = self.rows[:, None].expand(shape)
-            keys = Memory.keys(rows, places, levels, int(self._size.prod())).view(-1)
+            keys = Memory.keys(rows, places, levels, self._places).view(-1)
             same = representatives(keys)
             known, answers = self._memory.recall(keys)
             score = score.where(~known, answers)
@@ -213,6 +217,12 @@ class _Swarm:
         better = score > self.fitness
         self.genes = torch.where(better[:, :, None, None], children, self.genes)
         self.fitness = torch.where(better, score, self.fitness)
+
+    def look_again(self) -> None:
+        """Forget how good the candidates once seemed, where there are queries for a fresh look."""
+        score, _ = self.measure(self.genes)
+        looked = (score > -torch.inf).any(1, keepdim=True)
+        self.fitness = torch.where(looked, score, self.fitness)
 
     def champions(self, which: Tensor, genes: Tensor, score: Tensor) -> tuple[Tensor, Images]:
         """The best candidate of some examples (a mask), as rows and images.

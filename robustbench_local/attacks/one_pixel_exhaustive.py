@@ -23,7 +23,8 @@ class OnePixelExhaustive(Attack):
     grid breaks it; the most successful point comes back, of those that reach the goal if there are
     any. It changes one pixel whatever `threat.epsilon` is, and draws nothing.
 
-    - `candidates`: images in one forward pass at most; it bounds memory and changes no result.
+    - `candidates`: images in one forward pass at most, or `None` for a number that suits the
+      device. It bounds memory and changes no result.
     - `eot_samples`: forward passes averaged for each point. The best of so many noisy looks is a
       lucky one, so randomised victims need many.
     - `target`: the class to reach, see `attacks.target`.
@@ -38,13 +39,14 @@ class OnePixelExhaustive(Attack):
 
     levels: int = 5
     eot_samples: int = 1
-    candidates: int = 1000
+    candidates: int | None = None
     target: Target = None
 
     def __post_init__(self) -> None:
         check_target(self.target)
-        for name in ("eot_samples", "candidates"):
-            require_count(name, getattr(self, name))
+        require_count("eot_samples", self.eot_samples)
+        if self.candidates is not None:
+            require_count("candidates", self.candidates)
         if isinstance(self.levels, bool) or not isinstance(self.levels, int) or self.levels < 2:
             raise UserError(
                 f"attack.levels={self.levels}; expected a whole number from 2, so that 0 and 1 are "
@@ -68,7 +70,7 @@ class OnePixelExhaustive(Attack):
         best, record = scorer.x.clone(), x.new_full((count,), -torch.inf)
         broken = torch.zeros(count, dtype=torch.bool, device=x.device)
         rows = torch.arange(count, device=x.device)
-        step = -(-self.candidates // count)
+        step = -(-scorer.at_once // count)
         for start in range(0, points, step):
             block = torch.arange(start, min(start + step, points), device=x.device)
             place = (block % places).repeat(count)[:, None]
