@@ -10,18 +10,22 @@ from robustbench_local.attacks.deepfool import DeepFool
 from robustbench_local.attacks.fmn import FMN
 from robustbench_local.attacks.gradient import PGD
 from robustbench_local.attacks.noise import Noise
+from robustbench_local.attacks.one_pixel import OnePixel
+from robustbench_local.attacks.one_pixel_exhaustive import OnePixelExhaustive
 from robustbench_local.attacks.square import Square
 
 __all__ = [
     "APGD",
+    "CW",
+    "DDN",
+    "FMN",
+    "PGD",
     "Attack",
     "AutoAttack",
-    "CW",
     "Cascade",
-    "DDN",
     "DeepFool",
-    "FMN",
     "Noise",
-    "PGD",
+    "OnePixel",
+    "OnePixelExhaustive",
     "Square",
 ]
