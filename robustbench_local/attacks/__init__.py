@@ -3,5 +3,7 @@
 from robustbench_local.attacks.base import Attack
 from robustbench_local.attacks.gradient import PGD
 from robustbench_local.attacks.noise import Noise
+from robustbench_local.attacks.sparse_l1_descent import SparseL1Descent
+from robustbench_local.attacks.spatial import Spatial
 
-__all__ = ["PGD", "Attack", "Noise"]
+__all__ = ["PGD", "Attack", "Noise", "SparseL1Descent", "Spatial"]

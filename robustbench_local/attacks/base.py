@@ -27,13 +27,15 @@ class Attack(ABC):
 
     `per_example_radius` says that the attack serves threat models with a radius for each example,
     `minimum_norm` that it looks for the smallest perturbation whatever epsilon is: either way a
-    curve over epsilons takes one pass.
+    curve over epsilons takes one pass. `foreign` that another library does the work: its draws
+    come from global generators in the order of the batch.
     """
 
     needs: ClassVar[Access]
     norms: ClassVar[frozenset[Norm]]
     per_example_radius: ClassVar[bool] = False
     minimum_norm: ClassVar[bool] = False
+    foreign: ClassVar[bool] = False
 
     seed: int = 0
 
@@ -71,7 +73,7 @@ class Attack(ABC):
 
     def require(self, threat: ThreatModel) -> None:
         """Raise `UserError` where this attack does not fit the threat model."""
-        name = type(self).__name__
+        name = getattr(self, "name", type(self).__name__)
         if threat.norm not in self.norms:
             serves = ", ".join(sorted(self.norms))
             raise UserError(
