@@ -7,6 +7,7 @@ from typing import Self, get_args
 import torch
 from torch import Tensor
 
+from robustbench_local import spatial
 from robustbench_local.errors import FoulError, UserError
 from robustbench_local.randomness import Draws
 from robustbench_local.types import Access, Images, Norm
@@ -36,10 +37,11 @@ def parse_epsilon(value: object) -> float:
 class ThreatModel:
     """The set of perturbed images an attack may return, and what it may ask the victim.
 
-    `epsilon` is the radius in pixel units (pixels in [0, 1]); for l0 the number of pixels. Strings
-    such as "8/255" are read. `query_budget` is the number of forward passes per example, `None`
-    for no limit. Raises `UserError` for a radius that is negative, not a number, or above 1 for
-    linf.
+    `epsilon` is the radius in pixel units (pixels in [0, 1]); for l0 the number of pixels, for
+    spatial the share of the largest rotation and translation, see `robustbench_local.spatial`.
+    Strings such as "8/255" are read. `query_budget` is the number of forward passes per example,
+    `None` for no limit. Raises `UserError` for a radius that is negative, not a number, or above 1
+    for linf and spatial.
 
     `per_example` makes one for a batch in which every image has a radius of its own, so that a
     whole curve is attacked at once; `epsilon` is then the largest of them, and `threat[rows]` goes
@@ -71,6 +73,11 @@ class ThreatModel:
             raise UserError(
                 f"threat.epsilon={self.epsilon:g} is above 1, but pixels lie in [0, 1]; "
                 f"type threat.epsilon={self.epsilon:g}/255 if the radius is on the 0-255 scale"
+            )
+        if self.norm == "spatial" and self.epsilon > 1:
+            raise UserError(
+                f"threat.epsilon={self.epsilon:g} is above 1, but under spatial it is the share of "
+                "the ranges (30 degrees, 10% of each side); type for example threat.epsilon=1"
             )
         if self.norm == "l0" and self.epsilon != int(self.epsilon):
             raise UserError(
@@ -104,6 +111,8 @@ class ThreatModel:
 
     def size(self, x_adv: Images, x: Images) -> Tensor:
         """How large each perturbation is under the norm, float64, shape (N,)."""
+        if self.norm == "spatial":
+            return spatial.size(x_adv, x)
         delta = (x_adv.detach().double() - x.detach().double()).abs()
         if self.norm == "l0":
             return (delta > 0).any(1).flatten(1).sum(1).double()
@@ -118,8 +127,9 @@ class ThreatModel:
 
         For l1 and l2 it is the exact projection on the intersection (Croce and Hein 2021,
         arXiv:2103.01208): clipping after projecting would leave budget unused. For l0 the pixels
-        that bring the image nearest are kept.
+        that bring the image nearest are kept; for spatial there is no such image.
         """
+        self._need_a_ball("project")
         if self.norm == "linf":
             epsilon = self.epsilon if self.radii is None else self.radius(x)
             low, high = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
@@ -163,7 +173,12 @@ class ThreatModel:
         return most
 
     def random_start(self, x: Images, draws: Draws) -> Images:
-        """A uniformly drawn point of the ball around `x`, then projected into the box too."""
+        """A uniformly drawn point of the ball around `x`, then projected into the box too.
+
+        For spatial an element of the grid.
+        """
+        if self.norm == "spatial":
+            return self._random_transform(x, draws)
         pixels = x[0].numel()
         epsilon = self._limits(x)[:, None].float()
         if self.norm == "linf":
@@ -186,6 +201,25 @@ class ThreatModel:
         colour = draws.uniform(x[0].numel()).view_as(x).to(x.dtype)
         return torch.where(self._most(draws.uniform(places), x), colour, x)
 
+    def _random_transform(self, x: Images, draws: Draws) -> Images:
+        result, drawn = x.clone(), draws.uniform(1).squeeze(1).double()
+        limits = self._limits(x)
+        for limit in sorted(set(limits.tolist())):
+            inside = spatial.grid(limit)
+            rows = (limits == limit).nonzero().squeeze(1)
+            choice = (drawn[rows] * len(inside)).long()
+            for place in sorted(set(choice.tolist())) if inside else []:
+                chosen = rows[choice == place]
+                result[chosen] = spatial.apply(x[chosen], inside[place])
+        return result
+
+    def _need_a_ball(self, what: str) -> None:
+        if self.norm == "spatial":
+            raise UserError(
+                f"threat.norm=spatial has no {what}: it is a set of rotations and translations and "
+                "no ball; type attack=spatial, or choose another norm"
+            )
+
     def direction(
         self, gradient: Tensor, x_adv: Images, length: Tensor | float, *, progress: float = 0.0
     ) -> Tensor:
@@ -198,6 +232,7 @@ class ThreatModel:
         the attack, at `progress` 0.6 to 1, since equal shares alone stop short of the best point
         (cf. Croce and Hein 2021, arXiv:2103.01208).
         """
+        self._need_a_ball("direction")
         if self.norm == "linf":
             return gradient.sign()
         flat = gradient.flatten(1)

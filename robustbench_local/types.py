@@ -16,8 +16,11 @@ Logits: TypeAlias = Tensor
 Model: TypeAlias = nn.Module
 """Maps `Images` to `Logits`; normalisation is its first layer."""
 
-Norm: TypeAlias = Literal["linf", "l2", "l1", "l0"]
-"""How a perturbation is measured; l0 counts pixels (positions), not channels."""
+Norm: TypeAlias = Literal["linf", "l2", "l1", "l0", "spatial"]
+"""How a perturbation is measured; l0 counts pixels (positions), not channels.
+
+`spatial` is no norm but a set of rotations and translations, see `robustbench_local.spatial`.
+"""
 
 Access: TypeAlias = Literal["gradients", "scores", "labels"]
 """What the adversary may read off the victim, the most first."""

@@ -12,6 +12,8 @@ from robustbench_local.attacks.gradient import PGD
 from robustbench_local.attacks.noise import Noise
 from robustbench_local.attacks.one_pixel import OnePixel
 from robustbench_local.attacks.one_pixel_exhaustive import OnePixelExhaustive
+from robustbench_local.attacks.sparse_l1_descent import SparseL1Descent
+from robustbench_local.attacks.spatial import Spatial
 from robustbench_local.attacks.square import Square
 
 __all__ = [
@@ -27,5 +29,7 @@ __all__ = [
     "Noise",
     "OnePixel",
     "OnePixelExhaustive",
+    "SparseL1Descent",
+    "Spatial",
     "Square",
 ]

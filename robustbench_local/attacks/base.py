@@ -73,7 +73,7 @@ class Attack(ABC):
 
     def require(self, threat: ThreatModel) -> None:
         """Raise `UserError` where this attack does not fit the threat model."""
-        name = type(self).__name__
+        name = getattr(self, "name", type(self).__name__)
         if threat.norm not in self.norms:
             serves = ", ".join(sorted(self.norms))
             raise UserError(

@@ -114,7 +114,7 @@ class PGD(Attack):
                     x_adv, gradient, threat = x_adv[going], gradient[going], threat[going]
                     stride = threat.radius(x, self.step_size)
             progress = step / max(1, self.steps - 1)
-            move = threat.direction(gradient, x_adv, stride, progress=progress)
+            move = self.direction(threat, gradient, x_adv, stride, progress=progress)
             x_adv = threat.project(move.mul_(stride).add_(x_adv), x)
         if self.restarts == 1 and not (search.stop or search.keep):
             search.best[index] = x_adv  # nothing to compare with: a forward pass saved
@@ -122,6 +122,21 @@ class PGD(Attack):
         with torch.no_grad():
             loss, short = self._measure(model, x_adv, y)
         search.offer(index, x_adv, loss, short, final=True)
+
+    def direction(
+        self,
+        threat: ThreatModel,
+        gradient: Tensor,
+        x_adv: Images,
+        stride: Tensor,
+        *,
+        progress: float,
+    ) -> Tensor:
+        """A fresh tensor: the step of unit size, of which `stride` is taken.
+
+        `progress` runs from 0 to 1.
+        """
+        return threat.direction(gradient, x_adv, stride, progress=progress)
 
     def _measure(self, model: Model, x: Images, y: Labels) -> tuple[Tensor, Tensor]:
         """Mean loss of the last iterate, and whether it is short of the goal in every sample."""

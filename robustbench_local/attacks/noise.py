@@ -22,7 +22,7 @@ class Noise(Attack):
     """
 
     needs: ClassVar[Access] = "labels"
-    norms: ClassVar[frozenset[Norm]] = frozenset({"linf", "l2", "l1", "l0"})
+    norms: ClassVar[frozenset[Norm]] = frozenset({"linf", "l2", "l1", "l0", "spatial"})
     per_example_radius: ClassVar[bool] = True
 
     samples: int = 10

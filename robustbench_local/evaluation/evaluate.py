@@ -123,7 +123,8 @@ def evaluate_curve(
     before = oracle.forward_passes, oracle.backward_passes
     start, robust = 0, 0.0
     while start < len(split):
-        at_once = batch_size // len(threats) if attack.per_example_radius else batch_size
+        many = attack.per_example_radius and not attack.minimum_norm
+        at_once = batch_size // len(threats) if many else batch_size
         rows = torch.arange(start, min(start + max(1, at_once), len(split)))
         spent = oracle.forward_passes, oracle.backward_passes
         try:

@@ -1,5 +1,6 @@
 """What every attack in conf/attack promises; a new YAML file is found by itself."""
 
+import itertools
 import random
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import Raising
 from omegaconf import OmegaConf
+from scipy import ndimage
 from torch import Tensor, nn
 
 from robustbench_local.attacks import Attack
@@ -22,10 +24,12 @@ from robustbench_local.types import Norm
 
 CHOICES = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "attack").glob("*.yaml"))
 
-DETERMINISTIC = {"cw", "ddn", "deepfool", "fgsm", "fmn", "one_pixel_exhaustive"}
+DETERMINISTIC = {
+    "cw", "ddn", "deepfool", "fgsm", "fmn", "one_pixel_exhaustive", "sparse_l1_descent", "spatial",
+}  # fmt: skip
 """Attacks that draw nothing; every other one must answer to its seed."""
 
-EPSILON: dict[Norm, float] = {"linf": 0.1, "l2": 0.6, "l1": 3, "l0": 3}
+EPSILON: dict[Norm, float] = {"linf": 0.1, "l2": 0.6, "l1": 3, "l0": 3, "spatial": 1}
 
 # The contract holds for any number of steps, so a few are enough.
 FEW = {
@@ -54,7 +58,7 @@ def build(choice: str, seed: int = 0) -> Attack:
     """The attack of a YAML file, with fewer steps."""
     config = OmegaConf.load(Path(__file__).parents[2] / "conf" / "attack" / f"{choice}.yaml")
     config.seed = seed
-    for node in (config, *config.get("parts", {}).values()):
+    for node in (config, config.get("kwargs", {}), *config.get("parts", {}).values()):
         for name, few in FEW.items():
             if isinstance(node.get(name), int):
                 node[name] = min(few, node[name])
@@ -129,12 +133,42 @@ def least(attack: Attack, norm: Norm, epsilon: float | None = None) -> ThreatMod
 
 
 def numpy_size(x_adv: Tensor, x: Tensor, norm: Norm) -> np.ndarray:
+    if norm == "spatial":
+        return scipy_share(x_adv, x)
     delta = np.abs(x_adv.numpy().astype(np.float64) - x.numpy().astype(np.float64))
     if norm == "l0":
         return (delta.max(axis=1) > 0).sum(axis=(1, 2))
     delta = delta.reshape(len(delta), -1)
     order = {"linf": np.inf, "l2": 2, "l1": 1}[norm]
     return np.linalg.norm(delta, ord=order, axis=1)
+
+
+@cache
+def scipy_transforms(side: int) -> list[tuple[float, np.ndarray]]:
+    """The share and the matrix of every rotation and translation of the grid, the least first."""
+    pictures = np.eye(side * side).reshape(-1, side, side)
+    furthest = round(side / 10)
+    middle = (side - 1) / 2
+    every = []
+    for degrees in np.linspace(-30, 30, 31):
+        c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        turn = np.array([[1, 0, 0], [0, c, s], [0, -s, c]])  # as scipy's own rotate does
+        for down, right in itertools.product(np.linspace(-furthest, furthest, 5), repeat=2):
+            offset = [0, middle, middle] - turn @ [0, middle + down, middle + right]
+            moved = ndimage.affine_transform(pictures, turn, offset, order=1, mode="grid-constant")
+            share = max(abs(degrees) / 30, abs(down) / furthest, abs(right) / furthest)
+            every.append((share, moved.reshape(side * side, -1)))
+    return sorted(every, key=lambda each: each[0])
+
+
+def scipy_share(x_adv: Tensor, x: Tensor) -> np.ndarray:
+    """The least share of a turn (about the centre) and a move that made one of the other."""
+    shares = np.full(len(x), np.inf)
+    before, after = (part.flatten(2).double().numpy() for part in (x, x_adv))
+    for share, matrix in scipy_transforms(x.shape[-1]):
+        alike = np.abs(before @ matrix - after).max((1, 2)) < 1e-4
+        shares[alike & np.isinf(shares)] = share
+    return shares
 
 
 pairs = pytest.mark.parametrize(
@@ -314,7 +348,7 @@ def test_refuses_norms_it_does_not_serve(choice: str) -> None:
     attack = build(choice)
     model = Network(1, 5)
     x, y = batch(1, model)
-    for norm in sorted({"linf", "l2", "l1", "l0"} - attack.norms):
+    for norm in sorted(set(EPSILON) - attack.norms):
         with pytest.raises(UserError) as caught:
             attack(model, x, y, least(attack, norm))
         assert f"threat.norm={norm}" in str(caught.value)
@@ -343,10 +377,17 @@ def test_breaks_at_least_what_noise_breaks(
     if choice in SINGLE:
         pytest.skip("one pixel is no match for noise on a hundred; held to brute force instead")
     x, y = (part[:100] for part in digit_images)
-    epsilon = {"linf": 0.5, "l2": 7, "l1": 120, "l0": 100}[norm]
+    epsilon = {"linf": 0.5, "l2": 7, "l1": 120, "l0": 100, "spatial": 1}[norm]
     generator = torch.Generator().manual_seed(0)
     if norm == "linf":
         noisy = x + epsilon * (2 * torch.rand(x.shape, generator=generator) - 1)
+    elif norm == "spatial":
+        turns = 60 * torch.rand(len(x), generator=generator).numpy() - 30
+        turned = [
+            ndimage.rotate(i, d, axes=(2, 1), reshape=False, order=1)
+            for i, d in zip(x.numpy(), turns, strict=True)
+        ]
+        noisy = torch.from_numpy(np.stack(turned)).roll((3, -3), (2, 3))
     elif norm == "l0":
         pixels = torch.rand(x.shape, generator=generator)
         chosen = torch.rand(len(x), 784, generator=generator).argsort(1).argsort(1) < epsilon
