@@ -29,17 +29,16 @@ def middling(
 
 
 @norms
-@pytest.mark.filterwarnings("ignore:there are")
 def test_does_what_the_package_does(norm: Norm) -> None:
-    """Called with its own defaults for one attack, the images are the same but for a rounding."""
-    model, x, y, threat = middling(norm, classes=12, count=8)
-    attack = AutoAttack(version="rand")
-    x_adv = attack(model, x, y, threat)
+    """The images are the same but for a rounding, with so many steps in both."""
+    model, x, y, threat = middling(norm, classes=12, count=16)
+    x_adv = AutoAttack(version="rand", steps=10)(model, x, y, threat)
 
-    theirs = pyautoattack.AutoAttack(
-        model, norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[norm], eps=threat.epsilon,
-        version="rand", seed=0,
-    )  # fmt: skip
+    name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
+    theirs = pyautoattack.AutoAttack(model, norm=name, eps=threat.epsilon, version="rand", seed=0)
+    theirs.apgd = pyautoattack.autoattack.APGDAttack(
+        model, n_iter=10, norm=name, eps=threat.epsilon, eot_iter=20, logger=theirs.logger
+    )
     with torch.random.fork_rng([]):
         expected, _ = theirs.run_standard_evaluation(x, y, batch_size=len(x))
     torch.testing.assert_close(x_adv, expected, rtol=0, atol=2e-6)
