@@ -191,6 +191,9 @@ class APGD(Attack):
             return lambda logits, y: targeted_dlr(logits, y, wanted)
 
         def loss(logits: Logits, y: Labels) -> Tensor:
+            if self.loss == "dlr" and self.target is not None:
+                # The plain ratio is constant where the class wanted is the third.
+                return targeted_dlr(logits, logits.scatter(1, y[:, None], -torch.inf).argmax(1), y)
             few = logits.shape[1] < 3
             name: Loss = "ce" if self.loss == "ce" else "margin" if few else "dlr"
             return attack_loss(logits, y, name, targeted=self.target is not None)

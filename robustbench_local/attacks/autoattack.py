@@ -12,14 +12,14 @@ import torch
 
 from robustbench_local.attacks.base import Attack, require_count
 from robustbench_local.errors import UserError
-from robustbench_local.threat import ThreatModel
+from robustbench_local.threat import TOLERANCE, ThreatModel
 from robustbench_local.types import Access, Images, Labels, Model, Norm
 
 Version: TypeAlias = Literal["standard", "plus", "rand"]
 
 _NORM_NAMES = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-_ROUNDING = 1e-5
-"""Relative excess over the budget that float32 sums explain; more is left to the judge."""
+_ROUNDING = 5 * TOLERANCE
+"""Excess over the budget that float32 sums explain; what is more is left to the judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class AutoAttack(Attack):
             attack = self._build(model, x, threat, classes)
             x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
         x_adv = x_adv.detach()
-        limit = threat.epsilon * (1 + _ROUNDING)
+        limit = threat.epsilon + _ROUNDING * max(1.0, threat.epsilon)
         rounded = (threat.size(x_adv, x) <= limit).view(-1, 1, 1, 1)
         return torch.where(rounded, threat.project(x_adv, x), x_adv)
 
