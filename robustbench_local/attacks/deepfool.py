@@ -25,9 +25,10 @@ class DeepFool(MinimumNorm):
     - `eot_samples`, `boundary_steps`, `target`: see `PGD`, `MinimumNorm` and `attacks.target`; with
       a target the boundary between it and the highest other score is approached.
 
-    Deviations from the paper: each step is the shortest inside the box, where the paper's would be
-    cut off at pixels 0 and 1 and stall; all classes up to 10 by default; and `boundary_steps`,
-    which takes most of the overshoot back.
+    Deviations from the paper: each step is directed inside the box, where the paper's would be cut
+    off at pixels 0 and 1 and stall. In the first half of the steps it has the paper's length, for
+    linear approximations hold nearby only; after that as much as the box asks for. All classes up
+    to 10 are considered by default, and `boundary_steps` takes most of the overshoot back.
     """
 
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
@@ -50,8 +51,8 @@ class DeepFool(MinimumNorm):
             wanted = self._wanted(held, held.model(held.x))
         total = torch.zeros_like(held.x)
         x_adv = held.x
-        for _ in range(self.steps):
-            total = total + self._step(held, rows, x_adv, wanted)
+        for step in range(self.steps):
+            total = total + self._step(held, rows, x_adv, wanted, full=step >= self.steps // 2)
             x_adv = (held.x[rows] + (1 + self.overshoot) * total).clamp(0, 1)
             going = (~held.offer(x_adv, held.fools(x_adv, rows), rows)).nonzero().squeeze(1)
             if len(going) == 0:
@@ -66,7 +67,9 @@ class DeepFool(MinimumNorm):
         wrong = logits.scatter(1, held.y[:, None], -torch.inf)
         return wrong.topk(min(self.candidates, logits.shape[1] - 1), dim=1).indices
 
-    def _step(self, held: Nearest, rows: Tensor, x_adv: Images, wanted: Tensor) -> Images:
+    def _step(
+        self, held: Nearest, rows: Tensor, x_adv: Images, wanted: Tensor, *, full: bool
+    ) -> Images:
         """The shortest of the steps to the classes wanted; the most useful where none arrives."""
         y = held.y[rows]
         gaps, slopes = _boundaries(
@@ -82,6 +85,11 @@ class DeepFool(MinimumNorm):
             # Whether it arrives decides before its length: outside the box no step is of use.
             better = (missing < lack) | ((missing == lack) & (size < length))
             better &= (slope != 0).flatten(1).any(1)
+            if not full:
+                slant = slope.flatten(1).norm(p=1 if linf else 2, dim=1)
+                # The length the step would have without a box.
+                share = gap / (slant * size).clamp(min=1e-30)
+                step = step * share.clamp(max=1)[:, None]
             best = torch.where(better.view(-1, 1, 1, 1), step.view_as(best), best)
             length, lack = torch.where(better, size, length), torch.where(better, missing, lack)
         return best

@@ -29,26 +29,28 @@ class FMN(MinimumNorm):
     Each step climbs the margin along its gradient, then projects on a ball that shrinks while the
     point is adversarial and grows while it is not. Under l0 the ball counts pixel positions.
 
-    - `steps`; `step_size`, the Euclidean length of the first step in pixel units, falls to
-      `final_step_size` along half a cosine, as the relative change of the radius does from
-      `gamma` to `final_gamma`.
+    - `steps`; `step_size`, the first step as a fraction of the radius at that moment (for l0 how
+      far the entry of the largest slope goes), falls to `final_step_size` along half a cosine, as
+      the relative change of the radius does from `gamma` to `final_gamma`.
     - `random_start`: begin at a random point of the box instead of the image.
     - `restarts`: those after the first begin at a random point of the ball of the best result.
     - `sweep`: after the untargeted search, one towards each of so many most likely wrong classes,
       each as expensive as the first.
     - `eot_samples`, `boundary_steps`, `target`: see `PGD`, `MinimumNorm` and `attacks.target`.
 
-    Deviations from the paper: the exact projection on ball and box together, gradient entries that
-    point out of the box left out, the l0 radius first estimated from the gradient, a random
-    direction where the gradient is zero, the last point looked at too, and `boundary_steps`: all of
-    them only shorten what is found.
+    Deviations from the paper. Its steps have the same length, 1, for every image and norm, along
+    the normalised gradient; these follow the radius, and under linf the sign of the gradient. On a
+    robust digit network with 100 steps that brought the median from 0.38 to 0.32 (linf), 2.2 to 2.0
+    (l2) and 11 to 8 (l1). Beside that: the exact projection on ball and box together, the first
+    radius estimated from those gradient entries that point into the box (under l0 too), a random
+    direction where the gradient is zero, the last point looked at too, and `boundary_steps`.
     """
 
     norms: ClassVar[frozenset[Norm]] = frozenset({"linf", "l2", "l1", "l0"})
 
     steps: int = 1000
-    step_size: float = 1.0
-    final_step_size: float = 0.01
+    step_size: float = 2.0
+    final_step_size: float = 0.02
     gamma: float = 0.05
     final_gamma: float = 0.001
     random_start: bool = False
@@ -105,15 +107,21 @@ class FMN(MinimumNorm):
                 held.model, x_adv, aim,
                 loss="margin", eot_samples=self.eot_samples, targeted=targeted,
             )  # fmt: skip
-            gradient = feasible(look.gradient, x_adv)
             fooled = held.offer(x_adv, ~look.resists)
             size = threat.size(x_adv, x)
             best = torch.where(fooled, best.minimum(size), best)
-            reach = size + _distance(threat.norm, look.loss, gradient / self.eot_samples, x_adv)
+            inward = feasible(look.gradient, x_adv) / self.eot_samples
+            reach = size + _distance(threat.norm, look.loss, inward, x_adv)
             radii = _follow(threat.norm, radii, reach, best, fooled, gamma)
             radii = radii.clamp(max=diameter(threat, x))
-            move = unit(gradient, x, derive_seed(self.seed, "fmn", number, step))
-            x_adv = threat.per_example(radii).project(x_adv + stride * move, x)
+            move = unit(look.gradient, x, derive_seed(self.seed, "fmn", number, step))
+            if threat.norm == "linf":
+                move = move.sign()
+            length = stride * radii.to(x.dtype).view(-1, 1, 1, 1)
+            if threat.norm == "l0":
+                length = stride / move.abs().amax((1, 2, 3), keepdim=True)
+            x_adv = x_adv + length * move
+            x_adv = threat.per_example(radii).project(x_adv, x)
         everyone = torch.arange(len(x), device=x.device)
         held.offer(x_adv, held.fools(x_adv, everyone))
 

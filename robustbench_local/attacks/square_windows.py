@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -37,9 +38,9 @@ def side_length(share: float, progress: float, x: Images, *, odd: bool) -> int:
 
     `share` of the pixels at first. Under l2 (`odd`) the side is odd and at least 3.
     """
-    share *= 0.5 ** sum(progress * 10_000 > bound for bound in _HALVINGS)
-    height, width = x.shape[2:]
-    side = max(round((share * height * width) ** 0.5), 3 if odd else 1)
+    halvings = sum(progress * 10_000 > bound for bound in _HALVINGS)
+    height, width = int(x.shape[2]), int(x.shape[3])
+    side = max(round(sqrt(share / 2.0**halvings * height * width)), 3 if odd else 1)
     if odd and side % 2 == 0:
         side += 1
     return min(side, height, width)
@@ -126,7 +127,8 @@ def eta(side: int) -> Tensor:
     """
     upper = side // 2
     both = torch.cat((_bump(upper, side), -_bump(side - upper, side)))
-    return both / both.norm()
+    both /= torch.linalg.vector_norm(both)
+    return both
 
 
 def _bump(height: int, width: int) -> Tensor:
