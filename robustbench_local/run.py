@@ -12,7 +12,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from robustbench_local.attacks import Attack
+from robustbench_local.attacks import Attack, Transfer
 from robustbench_local.data import Dataset, load
 from robustbench_local.defenses import Defense
 from robustbench_local.display import Display
@@ -27,6 +27,7 @@ from robustbench_local.results.labels import choice_label
 from robustbench_local.results.record import AWARENESS, make_record, run_identity
 from robustbench_local.results.report import show
 from robustbench_local.results.store import check_writable
+from robustbench_local.sources import get_sources
 from robustbench_local.threat import ThreatModel, parse_epsilon
 from robustbench_local.training import Schedule, Trained, fit
 
@@ -85,7 +86,9 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
         draws = config.judge_draws if randomized else 1
         threats = [point.threat for point in missing.values()]
         oracle = Oracle(victim, threats[0], data.num_classes, randomized=randomized)
-        attack = attack.fit(oracle, data.validation, threats[0])
+        if isinstance(attack, Transfer):
+            attack = equip(attack, settings, data, trained, device, cache, display)
+        attack = attack.fit(oracle, data.validation, threats[-1])
         with display.evaluation(choices.chosen["attack"], len(data.test)) as progress:
             curve = evaluate_curve(
                 oracle,
@@ -237,6 +240,27 @@ def get_model(
         cache=cache,
         key={"model": model_key(model), "precision": "mixed" if mixed else "float32"},
         console=display.errors,
+    )
+
+
+def equip(
+    attack: Transfer,
+    settings: Mapping[str, Any],
+    data: Dataset,
+    victim: Trained,
+    device: torch.device,
+    cache: Path,
+    display: Display,
+) -> Transfer:
+    """The attack with the models it transfers from, those it trains being undefended."""
+
+    def train(seed: int) -> Trained:
+        model = {**settings["model"], "checkpoint": None}
+        own = {**settings, "seed": seed, "model": model}
+        return get_model(own, data, Defense(), device, cache, display)
+
+    return attack.with_models(
+        get_sources(attack.sources, settings, data, victim, train=train, device=device)
     )
 
 

@@ -9,27 +9,33 @@ from robustbench_local.attacks.ddn import DDN
 from robustbench_local.attacks.deepfool import DeepFool
 from robustbench_local.attacks.fmn import FMN
 from robustbench_local.attacks.gradient import PGD
+from robustbench_local.attacks.momentum import Momentum
 from robustbench_local.attacks.noise import Noise
 from robustbench_local.attacks.one_pixel import OnePixel
 from robustbench_local.attacks.one_pixel_exhaustive import OnePixelExhaustive
 from robustbench_local.attacks.sparse_l1_descent import SparseL1Descent
 from robustbench_local.attacks.spatial import Spatial
 from robustbench_local.attacks.square import Square
+from robustbench_local.attacks.substitute import Substitute
+from robustbench_local.attacks.transfer import Transfer
 
 __all__ = [
     "APGD",
-    "CW",
-    "DDN",
-    "FMN",
-    "PGD",
     "Attack",
     "AutoAttack",
+    "CW",
     "Cascade",
+    "DDN",
     "DeepFool",
+    "FMN",
+    "Momentum",
     "Noise",
     "OnePixel",
     "OnePixelExhaustive",
+    "PGD",
     "SparseL1Descent",
     "Spatial",
     "Square",
+    "Substitute",
+    "Transfer",
 ]

@@ -23,6 +23,7 @@ from robustbench_local.identity import (
 from robustbench_local.results.environment import environment
 from robustbench_local.results.statistics import wilson
 from robustbench_local.results.store import RECORD_VERSION, Record
+from robustbench_local.sources import identify
 from robustbench_local.threat import ThreatModel
 
 if TYPE_CHECKING:
@@ -33,16 +34,16 @@ AWARENESS = "adaptive"
 
 _CODE = (
     "attacks", "data", "defenses", "evaluation", "models", "training",
-    "gradients.py", "oracle.py", "randomness.py", "run.py", "threat.py",
+    "gradients.py", "oracle.py", "randomness.py", "run.py", "sources.py", "threat.py",
 )  # fmt: skip
 
 
 def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.device) -> str:
     """The name of a run: a hash of all that decides its numbers.
 
-    The resolved configuration without folders and `force`; the content of the data and of a given
-    checkpoint in place of their paths; the kind of device; this package's code and that of every
-    class from elsewhere that the configuration names.
+    The resolved configuration without folders and `force`; the content of the data, of a given
+    checkpoint and of the models to transfer from in place of their paths; the kind of device; this
+    package's code and that of every class from elsewhere that the configuration names.
     """
     decides = {key: value for key, value in settings.items() if key not in ("paths", "force")}
     decides["dataset"] = {
@@ -55,7 +56,12 @@ def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.devic
     model = dict(decides["model"])
     if model.get("checkpoint"):
         model["checkpoint"] = _checkpoint_id(model["checkpoint"])
-    return content_id({**decides, "model": model, "code": [code_version(*_CODE), code]})
+    attack = dict(decides["attack"])
+    if isinstance(attack.get("sources"), list):
+        cache = Path(str(settings["paths"]["cache"])).expanduser()
+        attack["sources"] = [identify(str(name), cache) for name in attack["sources"]]
+    decides |= {"model": model, "attack": attack}
+    return content_id({**decides, "code": [code_version(*_CODE), code]})
 
 
 def comparability(settings: Mapping[str, Any], data: Dataset, threat: ThreatModel) -> str:

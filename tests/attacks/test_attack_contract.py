@@ -15,9 +15,11 @@ from omegaconf import OmegaConf
 from scipy import ndimage
 from torch import Tensor, nn
 
-from robustbench_local.attacks import Attack
+from robustbench_local.attacks import Attack, Transfer
+from robustbench_local.attacks.transfer import Source
 from robustbench_local.data import Split
 from robustbench_local.errors import UserError
+from robustbench_local.gradients import pristine
 from robustbench_local.oracle import Oracle
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Norm
@@ -25,7 +27,7 @@ from robustbench_local.types import Norm
 CHOICES = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "attack").glob("*.yaml"))
 
 DETERMINISTIC = {
-    "cw", "ddn", "deepfool", "fgsm", "fmn", "one_pixel_exhaustive", "sparse_l1_descent", "spatial",
+    "cw", "ddn", "deepfool", "fgsm", "fmn", "mi_fgsm", "one_pixel_exhaustive", "sparse_l1_descent", "spatial",
 }  # fmt: skip
 """Attacks that draw nothing; every other one must answer to its seed."""
 
@@ -41,11 +43,15 @@ FEW = {
     "generations": 3,
     "levels": 2,
     "eot_samples": 2,
+    "seeds": 20,
+    "rounds": 2,
+    "epochs": 2,
 }
 
 # Where these are still too many, or too few to get anywhere.
 QUICK: dict[str, dict[str, float]] = {
     "autoattack": {"steps": 2, "queries": 5},
+    "substitute": {"learning_rate": 0.01},
     "cw": {"steps": 10, "step_size": 0.3, "binary_search_steps": 3, "initial_const": 10},
 }
 
@@ -62,6 +68,8 @@ def build(choice: str, seed: int = 0) -> Attack:
         for name, few in FEW.items():
             if isinstance(node.get(name), int):
                 node[name] = min(few, node[name])
+    if "models" in config:  # in float64, see `Network`
+        config.models = [{"_target_": f"{__name__}.Substituted", "_partial_": True}]
     config.update(QUICK.get(choice, {}))
     return hydra.utils.instantiate(config, _convert_="object")  # as `run.build` does
 
@@ -78,10 +86,10 @@ class Network(nn.Module):
     sign of a gradient near zero with them.
     """
 
-    def __init__(self, channels: int, classes: int) -> None:
+    def __init__(self, channels: int, classes: int, *, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng([]):
-            torch.manual_seed(channels * 100 + classes)
+            torch.manual_seed(channels * 100 + classes + 1000 * seed)
             self.layers = nn.Sequential(
                 nn.Conv2d(channels, 6, 3, stride=2),
                 nn.BatchNorm2d(6),
@@ -95,6 +103,22 @@ class Network(nn.Module):
         self.layers[0].eval().requires_grad_(False)
         self.layers[1].eval()
         self.layers[5].bias.grad = torch.ones(classes, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.double()).to(x.dtype)
+
+
+class Substituted(nn.Module):
+    """What a substitute attack trains here."""
+
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(int(np.prod(input_shape)), 24),
+            nn.ReLU(),
+            nn.Linear(24, num_classes),
+        ).double()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x.double()).to(x.dtype)
@@ -119,10 +143,35 @@ def predictions(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def ready(choice: str, model: nn.Module, threat: ThreatModel, *, seed: int = 0) -> Attack:
-    """The attack, prepared on a few images of its own where it needs that."""
-    x, y = batch(next(model.parameters()).shape[1], model, size=32)
+    """The attack, prepared on a few images and models of its own where it needs them."""
+    channels = next(model.parameters()).shape[1]
+    x, y = batch(channels, model, size=32)
+    classes = predict_shape(model, x)
+    attack = build(choice, seed)
+    if isinstance(attack, Transfer):
+        attack = from_models(attack, [Network(channels, classes, seed=s) for s in (1, 2)])
+    return prepare(attack, model, x, y, classes, threat)
+
+
+def predict_shape(model: nn.Module, x: Tensor) -> int:
+    with pristine(model), torch.no_grad():
+        return model(x[:1]).shape[1]
+
+
+def from_models(attack: Transfer, models: list[nn.Module]) -> Transfer:
+    return attack.with_models(
+        [Source(name=f"seed:{n}", model=m, key="", sha256="") for n, m in enumerate(models)]
+    )
+
+
+def prepare(
+    attack: Attack, model: nn.Module, x: Tensor, y: Tensor, classes: int, threat: ThreatModel
+) -> Attack:
     data = Split((x * 255).round().to(torch.uint8), y, torch.arange(len(x)))
-    return build(choice, seed).fit(model, data, threat)
+    check = snapshot(model)
+    ready = attack.fit(Oracle(model, threat, classes), data, threat)
+    check()
+    return ready
 
 
 def least(attack: Attack, norm: Norm, epsilon: float | None = None) -> ThreatModel:
@@ -399,7 +448,12 @@ def test_breaks_at_least_what_noise_breaks(
     with torch.no_grad():
         fooled_by_noise = int((digit_model(noisy.clamp(0, 1)).argmax(1) != y).sum())
     attack = build(choice)
-    x_adv = attack(digit_model, x, y, least(attack, norm, epsilon))
+    threat = least(attack, norm, epsilon)
+    if isinstance(attack, Transfer):
+        attack = from_models(attack, [digit_model])
+    own = (part[-200:] for part in digit_images)
+    attack = prepare(attack, digit_model, *own, 10, threat)
+    x_adv = attack(digit_model, x, y, threat)
     with torch.no_grad():
         fooled = int((digit_model(x_adv).argmax(1) != y).sum())
     assert fooled_by_noise >= 3
