@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from robustbench_local.__main__ import CONF
+from robustbench_local.__main__ import CONF, lifted
 from robustbench_local.attacks import Attack
 from robustbench_local.data import Source
 from robustbench_local.defenses import Defense
@@ -99,7 +99,7 @@ def test_every_quoted_command_composes(command):
         else override.input_line
         for override in parsed
     ]
-    assert isinstance(build(composed(*first).attack), Attack)
+    assert isinstance(build(composed(*lifted(first)).attack), Attack)
 
 
 def test_the_readme_quotes_commands():
