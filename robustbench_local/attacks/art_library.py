@@ -220,7 +220,7 @@ class ART(LibraryAttack):
 
         goal = y if wanted is None else wanted
         end = None
-        for _ in range(tries if wanted is None else 0):
+        for _ in range(tries if wanted is None or self.starts is None else 0):
             noise = torch.from_numpy(np.random.uniform(size=x.shape)).to(x)
             if reaches(noise):
                 end = noise

@@ -105,7 +105,7 @@ class LibraryAttack(Attack):
         version = importlib.metadata.version(self.package)
         return {"library": f"{self.library} {version}", "replaced_defaults": dict(self.how.paper)}
 
-    def arguments(self, threat: ThreatModel, classes: int) -> dict[str, Any]:
+    def arguments(self, threat: ThreatModel, classes: int, seed: int = 0) -> dict[str, Any]:
         """All that the attack is built with."""
         how, accepted = self.how, self.parameters()
         given = {**how.paper, **self.kwargs, **how.fixed}
@@ -120,7 +120,7 @@ class LibraryAttack(Attack):
             for key, value in {
                 "norm": how.norms[threat.norm],
                 "n_classes": classes,
-                "seed": derive_seed(self.seed, self.library, self.name) % 2**31,
+                "seed": seed % 2**31,
                 "targeted": self.target is not None,
                 "verbose": False,
             }.items()
@@ -174,11 +174,13 @@ class LibraryAttack(Attack):
         classes: int,
     ) -> Images:
         """One call of the library, and what came back as images of ours."""
-        arguments = self.arguments(threat, classes)
+        # Of the pixels too: no two batches may meet the same draws.
         digest = hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest()
+        seed = derive_seed(self.seed, self.library, self.name, digest)
+        arguments = self.arguments(threat, classes, seed)
         result: Any = None  # an array or a tensor
         try:
-            with sandbox(derive_seed(self.seed, self.library, self.name, digest)):
+            with sandbox(seed):
                 result = self.call(victim, x, y, wanted, arguments)
         except SpentError:
             pass

@@ -36,8 +36,11 @@ KNOWN: Mapping[str, Known] = {
     ),
     "EADL1": Known(norms={"l1": None}, radius=None, form="positive", leaves_the_box=True),
     "EOTPGD": _STEPS,
-    # Its l1 raises: a variable without a value.
-    "FAB": Known(norms=_LINF_L2, paper={"steps": 100}, fixed={"n_classes": 0, **_QUIET}),
+    # Its l1 raises (a variable without a value), and a target only says which boundary it looks
+    # at: any other error ends it.
+    "FAB": Known(
+        norms=_LINF_L2, paper={"steps": 100}, fixed={"n_classes": 0, **_QUIET}, target="no"
+    ),
     "FFGSM": _STEPS,
     "FGSM": Known(norms=_LINF),
     # Untargeted it takes (label + 1) modulo 10 for its target, whatever classes there are.
@@ -89,7 +92,7 @@ REFUSED: Mapping[str, str] = {
     "VANILA": "it returns the images as they are; clean accuracy is in every record",
 }
 
-_NEED_TRUE_LABELS = frozenset({"FAB", "Jitter", "UPGD"})
+_NEED_TRUE_LABELS = frozenset({"Jitter", "UPGD"})
 """Targeted, these look at the true labels too. All others take the targets in their place.
 
 SPSA and PIFGSMPP never ask for the targets: given true labels they would move towards these.

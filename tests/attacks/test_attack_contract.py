@@ -43,7 +43,7 @@ FEW = {
     "max_iter": 1,
     "init_eval": 5,
     "max_eval": 20,
-    "init_size": 5,
+    "init_size": 20,
     "num_trial": 5,
     "sample_size": 5,
 }

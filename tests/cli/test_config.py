@@ -102,5 +102,15 @@ def test_every_quoted_command_composes(command):
     assert isinstance(build(composed(*lifted(first)).attack), Attack)
 
 
+@pytest.mark.parametrize("library", ["torchattacks", "art"])
+def test_hyper_parameters_of_other_libraries_need_no_plus(library):
+    name, key = {"torchattacks": ("PGD", "steps"), "art": ("HopSkipJump", "max_iter")}[library]
+    words = [f"attack={library}", f"attack.name={name}", f"attack.kwargs.{key}=7", "seed=3"]
+    assert lifted(words) == [*words[:2], f"++attack.kwargs.{key}=7", "seed=3"]
+    attack = build(composed(*lifted(words)).attack)
+    assert (attack.name, dict(attack.kwargs), attack.seed) == (name, {key: 7}, 3)
+    assert type(attack.kwargs) is dict
+
+
 def test_the_readme_quotes_commands():
     assert len(list(commands())) >= 10
