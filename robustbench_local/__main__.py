@@ -19,12 +19,21 @@ CONF = next(
 )
 
 
+def lifted(words: list[str]) -> list[str]:
+    """The command line, with `attack.kwargs.KEY=VALUE` marked as keys that no file needs to list.
+
+    They are the hyper-parameters of other libraries, which only these know.
+    """
+    return [f"++{word}" if word.startswith("attack.kwargs.") else word for word in words]
+
+
 def main() -> None:
     """Run what the command line says; exit with 1 after an error and 130 after Ctrl-C."""
     sys.path.insert(0, os.getcwd())  # a user's own classes, by model._target_
     # Waiting threads sleep: where another program shares the cores, spinning ones made the small
     # batches of a training 8 times slower. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.argv[1:] = lifted(sys.argv[1:])
     failures: list[str] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

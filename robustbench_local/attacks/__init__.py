@@ -1,6 +1,7 @@
 """Attacks: one file per family. A new one is a file here and a YAML in conf/attack/."""
 
 from robustbench_local.attacks.apgd import APGD
+from robustbench_local.attacks.art_library import ART
 from robustbench_local.attacks.autoattack import AutoAttack
 from robustbench_local.attacks.base import Attack
 from robustbench_local.attacks.cascade import Cascade
@@ -17,25 +18,28 @@ from robustbench_local.attacks.sparse_l1_descent import SparseL1Descent
 from robustbench_local.attacks.spatial import Spatial
 from robustbench_local.attacks.square import Square
 from robustbench_local.attacks.substitute import Substitute
+from robustbench_local.attacks.torchattacks_library import TorchAttacks
 from robustbench_local.attacks.transfer import Transfer
 
 __all__ = [
     "APGD",
+    "ART",
+    "CW",
+    "DDN",
+    "FMN",
+    "PGD",
     "Attack",
     "AutoAttack",
-    "CW",
     "Cascade",
-    "DDN",
     "DeepFool",
-    "FMN",
     "Momentum",
     "Noise",
     "OnePixel",
     "OnePixelExhaustive",
-    "PGD",
     "SparseL1Descent",
     "Spatial",
     "Square",
     "Substitute",
+    "TorchAttacks",
     "Transfer",
 ]

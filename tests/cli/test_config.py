@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from robustbench_local.__main__ import CONF
+from robustbench_local.__main__ import CONF, lifted
 from robustbench_local.attacks import Attack
 from robustbench_local.data import Source
 from robustbench_local.defenses import Defense
@@ -99,7 +99,17 @@ def test_every_quoted_command_composes(command):
         else override.input_line
         for override in parsed
     ]
-    assert isinstance(build(composed(*first).attack), Attack)
+    assert isinstance(build(composed(*lifted(first)).attack), Attack)
+
+
+@pytest.mark.parametrize("library", ["torchattacks", "art"])
+def test_hyper_parameters_of_other_libraries_need_no_plus(library):
+    name, key = {"torchattacks": ("PGD", "steps"), "art": ("HopSkipJump", "max_iter")}[library]
+    words = [f"attack={library}", f"attack.name={name}", f"attack.kwargs.{key}=7", "seed=3"]
+    assert lifted(words) == [*words[:2], f"++attack.kwargs.{key}=7", "seed=3"]
+    attack = build(composed(*lifted(words)).attack)
+    assert (attack.name, dict(attack.kwargs), attack.seed) == (name, {key: 7}, 3)
+    assert type(attack.kwargs) is dict
 
 
 def test_the_readme_quotes_commands():

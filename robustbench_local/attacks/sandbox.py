@@ -1,0 +1,35 @@
+"""Where other libraries run: seeded, silent, and without effect on anybody else."""
+
+import contextlib
+import io
+import random
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from robustbench_local.gradients import seed_global
+
+
+class _Seeded(np.random.RandomState):
+    """A generator that takes its seed from the global one where none is given, not from chance."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__(int(np.random.randint(2**31)) if seed is None else seed)
+
+
+@contextlib.contextmanager
+def sandbox(seed: int) -> Iterator[None]:
+    """Global generators seeded, nothing printed, no warnings; the caller restores the states."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    seed_global(seed)
+    fresh = np.random.RandomState
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        np.random.RandomState = _Seeded  # type: ignore[assignment,misc]
+        try:
+            yield
+        finally:
+            np.random.RandomState = fresh  # type: ignore[misc]
