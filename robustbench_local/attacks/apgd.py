@@ -49,7 +49,8 @@ class APGD(Attack):
     climbed in its log-odds form, which does not saturate. With too few classes for a DLR (fewer
     than 3, targeted 4) the plain difference of the logits is climbed, and there are at most K - 1
     targets. l2 projections are exact on ball and box together. l1 steps leave out the entries that
-    the box holds. Of a randomised victim the best and the last point are compared on fresh draws.
+    the box holds. A `target` under `dlr` is climbed by the targeted ratio, against the strongest
+    other class. Of a randomised victim the best and the last point are compared on fresh draws.
     """
 
     needs: ClassVar[Access] = "gradients"

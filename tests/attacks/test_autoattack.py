@@ -31,7 +31,9 @@ def middling(
 @norms
 def test_does_what_the_package_does(norm: Norm) -> None:
     """The images are the same but for a rounding, with so many steps in both."""
-    model, x, y, threat = middling(norm, classes=12, count=16)
+    model, x = victim((1, 8, 8), 12), images((1, 8, 8), 16)
+    y = predict(model, x)
+    threat = ThreatModel(norm=norm, epsilon={"linf": 0.032, "l2": 0.17, "l1": 0.41}[norm])
     x_adv = AutoAttack(version="rand", steps=10)(model, x, y, threat)
 
     name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
