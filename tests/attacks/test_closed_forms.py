@@ -159,7 +159,7 @@ def test_no_disguise_of_the_logits_helps(norm: Norm, loss: Loss, variant: str) -
 
 @norms
 @pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
-@pytest.mark.parametrize("classes", [3, 10])
+@pytest.mark.parametrize("classes", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_robustness_claimed_against_many_classes(norm: Norm, loss: Loss, classes: int) -> None:
     model, x = victim((1, 8, 8), classes), images((1, 8, 8), 300)
     y = predict(model, x)

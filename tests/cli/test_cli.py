@@ -1,6 +1,7 @@
 """What a user types and what comes back."""
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -96,9 +97,9 @@ def test_a_run_leaves_a_table_a_record_and_the_leaderboard(cli):
 def test_the_same_run_is_shown_from_its_record(cli):
     cli(*QUICK)
     before = files()
-    started = time.perf_counter()
+    started = time.process_time()  # not the clock on the wall: other tests share the cores
     again = cli(*QUICK)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert again.code == 0
     assert "recorded before" in again.out
     assert files() == before
@@ -349,19 +350,19 @@ def run_process(*words, cwd, **keywords):
 
 
 def test_help_is_quick_and_names_groups_and_commands(tmp_path):
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        finished = run_process("--help", cwd=tmp_path)
-        seconds.append(time.perf_counter() - started)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    finished = run_process("--help", cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert finished.returncode == 0
-    assert min(seconds) < 2
+    # Of the processor, not on the wall: other tests share the cores.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     for group in ("attack", "dataset", "defense", "experiment", "model", "threat", "train"):
         assert group in finished.stdout
     assert finished.stdout.count("python -m robustbench_local") == 5
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_heavy_libraries_are_not_imported_for_help_nor_unused_ones_for_a_run(tmp_path):
     code = (
         "import sys; sys.argv = ['x', *{words}]\n"

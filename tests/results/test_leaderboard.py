@@ -169,6 +169,7 @@ def _write(folder, worker):
         write_leaderboard(store)
 
 
+@pytest.mark.slow
 def test_parallel_writers_lose_nothing(tmp_path):
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_write, args=(tmp_path, w)) for w in range(3)]
