@@ -69,7 +69,13 @@ KNOWN: Mapping[str, Known] = {
     "SquareAttack": Known(norms=_LINF, needs="scores", paper={"max_iter": 5000}, target="no"),
     "TargetedUniversalPerturbation": Known(norms=_BALLS, target="only"),
     "UniversalPerturbation": Known(norms=_BALLS, target="no"),
-    "VirtualAdversarialMethod": Known(norms=_L2, needs="scores", target="no", form="probabilities"),
+    "VirtualAdversarialMethod": Known(
+        norms=_L2,
+        needs="scores",
+        must_give={"finite_diff": "1e-6 drowns in the rounding of float32; 0.01 does not"},
+        target="no",
+        form="probabilities",
+    ),
     "ZooAttack": Known(
         norms=_L2, needs="scores", radius=None, one_by_one=True, must_give={"max_iter": _FEW}
     ),

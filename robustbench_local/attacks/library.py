@@ -20,7 +20,7 @@ from robustbench_local.attacks.sandbox import sandbox
 from robustbench_local.attacks.target import Target, check_target
 from robustbench_local.attacks.victim import Budget, SpentError, Victim, mend
 from robustbench_local.errors import UserError
-from robustbench_local.gradients import is_randomized
+from robustbench_local.gradients import is_randomized, pristine
 from robustbench_local.oracle import Oracle
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
@@ -103,7 +103,9 @@ class LibraryAttack(Attack):
     def report(self) -> Mapping[str, Any]:
         """Whose attack it was, and which of its defaults were replaced."""
         version = importlib.metadata.version(self.package)
-        return {"library": f"{self.library} {version}", "replaced_defaults": dict(self.how.paper)}
+        replaced = {key: v for key, v in self.how.paper.items() if key not in self.kwargs}
+        whose = {"library": f"{self.name} of {self.library} {version}"}
+        return {**whose, "replaced_defaults": replaced} if replaced else whose
 
     def arguments(self, threat: ThreatModel, classes: int, seed: int = 0) -> dict[str, Any]:
         """All that the attack is built with."""
@@ -137,6 +139,12 @@ class LibraryAttack(Attack):
             return found
         inside = threat.size(found, x) <= threat.epsilon
         return torch.where(inside.view(-1, 1, 1, 1), found, x)
+
+    def nearest(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        """What an attack without a radius found, whatever its size; not every one is verified."""
+        self.require(threat)
+        with pristine(model, seed=self.seed):
+            return self._search(model, x.detach(), y, threat)
 
     def _search(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         x = x.contiguous()

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import random
 import warnings
 from collections.abc import Iterator
@@ -25,11 +26,14 @@ def sandbox(seed: int) -> Iterator[None]:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     seed_global(seed)
-    fresh = np.random.RandomState
+    fresh, log = np.random.RandomState, logging.getLogger("art")
+    level = log.level
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
         warnings.simplefilter("ignore")
         np.random.RandomState = _Seeded  # type: ignore[assignment,misc]
+        log.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
+            log.setLevel(level)
             np.random.RandomState = fresh  # type: ignore[misc]

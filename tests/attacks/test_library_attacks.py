@@ -58,7 +58,8 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
 
 def build(cls: type[LibraryAttack], name: str, *, target: Any = None, seed: int = 0, **kwargs: Any):
     how = cls.known[name]
-    kwargs = dict.fromkeys(how.must_give, 3) | kwargs
+    given = {"max_iter": 3, "nb_iter": 3, "finite_diff": 0.01}
+    kwargs = {key: given[key] for key in how.must_give} | kwargs
     if target is None and how.target == "only":
         target = "next"
     return cls(name=name, kwargs=kwargs, target=target, seed=seed)
@@ -183,6 +184,7 @@ def test_an_unknown_name_gets_the_closest(cls: type[LibraryAttack], name: str, n
         (ART, "PixelAttack", {"th": 3}, "type threat.epsilon=VALUE"),
         (ART, "HopSkipJump", {"steps": 3}, "expected batch_size, max_iter"),
         (ART, "CarliniL2Method", {}, "type attack.kwargs.max_iter=VALUE"),
+        (ART, "VirtualAdversarialMethod", {}, "type attack.kwargs.finite_diff=VALUE"),
         (ART, "BrendelBethgeAttack", {}, "pip install numba"),
     ],
     ids=titled,
@@ -296,8 +298,9 @@ def test_the_papers_values_stand_in_for_weak_defaults() -> None:
     assert (pixel["pixels"], pixel["popsize"], pixel["steps"]) == (3, 400, 100)
     report = TorchAttacks(name="OnePixel").report()
     assert report["replaced_defaults"] == {"popsize": 400, "steps": 100}
-    assert report["library"].startswith("torchattacks 3.")
-    assert ART().report()["library"].startswith("ART 1.")
+    assert report["library"].startswith("OnePixel of torchattacks 3.")
+    given = TorchAttacks(name="OnePixel", kwargs={"popsize": 5, "steps": 2})
+    assert list(given.report()) == ["library"]
 
 
 RANDOM = [
@@ -486,6 +489,7 @@ def test_without_a_radius_only_what_is_inside_is_returned() -> None:
     assert torch.equal(narrow[inside], wide[inside])
     assert torch.equal(narrow[~inside], x[~inside])
     assert 0 < inside.sum() < len(x)
+    assert torch.equal(attack.nearest(model, x, y, ThreatModel(norm="l2", epsilon=0.01)), wide)
 
 
 @pytest.mark.parametrize("budget", [1, 30, 400])

@@ -321,3 +321,23 @@ def test_the_attack_inside_targeted_universal_does_not_aim(x: Tensor) -> None:
     assert not inside.targeted
     adv = torch.from_numpy(inside.generate(x.numpy(), y=np.eye(5)[targets]))
     assert float((predict(model, adv) == targets).double().mean()) < 0.3
+
+
+@pytest.mark.slow
+def test_the_differences_of_virtual_adversarial_drown_in_float32(
+    digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]
+) -> None:
+    x, y = (part[:20] for part in digit_images)
+    threat = ThreatModel(norm="l2", epsilon=3)
+    left = [
+        accuracy(
+            digit_model,
+            ART(
+                name="VirtualAdversarialMethod",
+                kwargs={"max_iter": 1, "finite_diff": finite_diff},
+            )(digit_model, x, y, threat),
+            y,
+        )
+        for finite_diff in (1e-6, 1e-2)
+    ]
+    assert left[0] >= left[1] + 0.1
