@@ -28,6 +28,7 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.slow
 
+GENERATIONS = 100
 Attack = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -49,11 +50,11 @@ def population(x: Tensor) -> int:
     return 400 - 400 % (2 + x.shape[1])
 
 
-def attacks(model: nn.Module, x: Tensor, generations: int) -> dict[str, Attack]:
+def attacks(model: nn.Module, x: Tensor) -> dict[str, Attack]:
     """Differential evolution of one pixel with equal populations and generations."""
     threat = ThreatModel(norm="l0", epsilon=1, access="scores")
-    ours = OnePixel(population=population(x), generations=generations)
-    theirs = torchattacks.OnePixel(model, pixels=1, steps=generations, popsize=400)
+    ours = OnePixel(population=population(x), generations=GENERATIONS)
+    theirs = torchattacks.OnePixel(model, pixels=1, steps=GENERATIONS, popsize=400)
     art = PixelAttack(
         PyTorchClassifier(
             model=model,
@@ -65,7 +66,7 @@ def attacks(model: nn.Module, x: Tensor, generations: int) -> dict[str, Attack]:
         ),
         th=1,
         es=1,
-        max_iter=generations,
+        max_iter=GENERATIONS,
     )
     return {
         "ours": lambda x, y: ours(model, x, y, threat),
@@ -76,34 +77,40 @@ def attacks(model: nn.Module, x: Tensor, generations: int) -> dict[str, Attack]:
 
 @dataclass
 class Race:
-    """Seconds of each round, forward passes in all, and the share of the images broken."""
+    """Seconds, forward passes, and the share of the images broken.
 
-    seconds: dict[str, list[float]]
+    `seconds` are of CPU time, on one thread: minutes of an attack that other programs interrupt
+    would compare these. `wall` are those that passed.
+    """
+
+    seconds: dict[str, float]
+    wall: dict[str, float]
     queries: dict[str, int]
     broken: dict[str, float]
     images: int
 
     def ratio(self, other: str) -> float:
-        """How many times as fast we are, over all the rounds."""
-        return sum(self.seconds[other]) / sum(self.seconds["ours"])
+        """How many times as fast we are."""
+        return self.seconds[other] / self.seconds["ours"]
 
     def summary(self) -> dict[str, float]:
         speed = {
-            f"images_per_second_{name}": round(self.images / sum(times), 3)
-            for name, times in self.seconds.items()
+            f"images_per_second_{name}": round(self.images / seconds, 3)
+            for name, seconds in self.seconds.items()
         }
         ratios = {f"times_{name}": round(self.ratio(name), 3) for name in self.seconds}
         queries = {f"queries_{name}": round(n / self.images) for name, n in self.queries.items()}
         broken = {f"broken_{name}": round(100 * part, 1) for name, part in self.broken.items()}
-        return speed | ratios | queries | broken
+        wall = {f"wall_{name}": round(seconds, 1) for name, seconds in self.wall.items()}
+        return speed | ratios | queries | broken | wall
 
 
-def race(model: nn.Module, x: Tensor, y: Tensor, generations: int, rounds: int) -> Race:
+def race(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> Race:
     """All attacks on the same images, some in each round, each round starting with the next one."""
     victim = Counting(model).eval()
-    runners = attacks(victim, x, generations)
+    runners = attacks(victim, x)
     names = list(runners)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds, wall = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     queries, fooled = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     state = np.random.get_state()
     np.random.seed(0)  # both libraries draw from NumPy's global generator
@@ -112,15 +119,16 @@ def race(model: nn.Module, x: Tensor, y: Tensor, generations: int, rounds: int) 
     ):
         for name in names[turn % 3 :] + names[: turn % 3]:
             victim.images = 0
-            began = time.perf_counter()
+            began = time.process_time(), time.perf_counter()
             with np.errstate(divide="ignore"):  # ART, where its whole population is equally good
                 x_adv = runners[name](images, labels)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name] += time.process_time() - began[0]
+            wall[name] += time.perf_counter() - began[1]
             queries[name] += victim.images
             fooled[name] += round(len(images) * (1 - accuracy(model, x_adv, labels)))
     np.random.set_state(state)
     broken = {name: count / len(x) for name, count in fooled.items()}
-    return Race(seconds, queries, broken, len(x))
+    return Race(seconds, wall, queries, broken, len(x))
 
 
 def chosen(
@@ -152,7 +160,7 @@ def test_one_pixel_on_a_digit_network(
 ) -> None:
     model = train(digit_cnn(32), digits.train.pixels(slice(None)), digits.train.labels, epochs=6)
     x, y = chosen(model, *digit_images, close=1, others=2)
-    result = benchmark.pedantic(race, args=(model, x, y, 100, 3), rounds=1)
+    result = benchmark.pedantic(race, args=(model, x, y, 3), rounds=1)
     benchmark.extra_info.update(result.summary())
     check(result, torchattacks_ratio=5, art_ratio=6)
 
@@ -165,7 +173,6 @@ def as_cifar(x: Tensor) -> Tensor:
 def test_one_pixel_on_a_residual_network(
     benchmark: BenchmarkFixture, digits: Dataset, digit_images: tuple[Tensor, Tensor]
 ) -> None:
-    """60 of the paper's 100 generations, to save time; with all of them the ratios are higher."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = ResNet(input_shape=(3, 32, 32), num_classes=10, depth=8)
@@ -175,6 +182,6 @@ def test_one_pixel_on_a_residual_network(
     images, labels = as_cifar(digit_images[0]), digit_images[1]
     assert accuracy(model, images, labels) >= 0.9
     x, y = chosen(model, images, labels, close=1, others=1)
-    result = benchmark.pedantic(race, args=(model, x, y, 60, 1), rounds=1)
+    result = benchmark.pedantic(race, args=(model, x, y, 2), rounds=1)
     benchmark.extra_info.update(result.summary())
     check(result, torchattacks_ratio=1.8, art_ratio=1.3)
