@@ -28,6 +28,9 @@ class Momentum(Attack):
       arXiv:1803.06978); 0 for never.
     - `kernel_size`: the gradient is smoothed by a Gaussian of so many pixels, three standard
       deviations to either side (TI, Dong et al. 2019, arXiv:1904.02884); odd, 1 for none.
+    - `samples`: gradients averaged at each step, over copies of the image under normal noise of
+      deviation `noise`, pixel units (Wu et al. 2018, arXiv:1802.09707); 1 and 0 for none. Such
+      copies may leave [0, 1].
     - `loss`: see `attack_loss`. `target`: the class to reach, see `attacks.target`.
 
     The last iterate is returned, and nothing stops early: a point just across the boundary of one
@@ -48,38 +51,54 @@ class Momentum(Attack):
     diversity_probability: float = 0.0
     diversity_scale: float = 0.9
     kernel_size: int = 1
+    samples: int = 1
+    noise: float = 0.0
     loss: Loss = "ce"
     target: Target = None
 
     def __post_init__(self) -> None:
         check_target(self.target)
-        for name in ("steps", "kernel_size"):
+        for name in ("steps", "kernel_size", "samples"):
             require_count(name, getattr(self, name))
         for name, fine, expected in (
             ("loss", self.loss in get_args(Loss), f"one of {', '.join(get_args(Loss))}"),
             ("step_size", self.step_size > 0, "a fraction of epsilon above 0"),
             ("decay", 0 <= self.decay < float("inf"), "0 (no momentum) or a number above it"),
+            ("noise", 0 <= self.noise < float("inf"), "a deviation of 0 or above in pixel units"),
             ("diversity_probability", 0 <= self.diversity_probability <= 1, "a number in [0, 1]"),
             ("diversity_scale", 0 < self.diversity_scale <= 1, "a share above 0 and up to 1"),
             ("kernel_size", self.kernel_size % 2 == 1, "an odd number of pixels, 1 for none"),
         ):
             if not fine:
                 raise UserError(f"attack.{name}={getattr(self, name)}; expected {expected}")
+        if self.samples > 1 and self.noise == 0:
+            raise UserError(
+                f"attack.samples={self.samples} would average equal gradients without noise; type "
+                "attack.noise=0.1 or attack.samples=1"
+            )
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """All steps, from the image itself."""
         y, targeted = self.goal(model, x, y)
-        draws = Draws(x, derive_seed(self.seed, "diversity"))
+        draws = Draws(x, derive_seed(self.seed, "momentum"))
         stride = threat.radius(x, self.step_size)
         x_adv, velocity = x, torch.zeros_like(x)
         for _ in range(self.steps):
-            seen = self._diverse(model, x, draws) if self.diversity_probability > 0 else model
-            look = input_gradient(seen, x_adv, y, loss=self.loss, targeted=targeted)
-            gradient = smooth(look.gradient, self.kernel_size)
+            gradient = torch.zeros_like(x)
+            for _ in range(self.samples):
+                gradient += self._look(model, x_adv, y, targeted, draws)
+            gradient = smooth(gradient, self.kernel_size)
             scale = gradient.abs().mean((1, 2, 3), keepdim=True)
             velocity = self.decay * velocity + gradient / scale.clamp(min=1e-38)
             x_adv = threat.project(x_adv + stride * threat.direction(velocity, x_adv, stride), x)
         return x_adv
+
+    def _look(self, model: Model, x: Images, y: Labels, targeted: bool, draws: Draws) -> Tensor:
+        """The gradient at the images, under a new draw of what was asked for."""
+        seen = self._diverse(model, x, draws) if self.diversity_probability > 0 else model
+        if self.noise > 0:
+            x = x + self.noise * draws.normal(x[0].numel()).view_as(x).to(x.dtype)
+        return input_gradient(seen, x, y, loss=self.loss, targeted=targeted).gradient
 
     def _diverse(self, model: Model, x: Images, draws: Draws) -> nn.Module:
         """The model behind a new draw of sizes and places, one for each image."""

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 MEASURED = 1000
 """Held-out images, at most, on which the harness measures how good the substitute is."""
 
-FGSM = Momentum(steps=1, step_size=1.0)
-"""One full step, the attack of the paper."""
+FGSM = Momentum(steps=1, step_size=1.0, samples=16, noise=0.4)
+"""One full step, the attack of the paper, along a gradient averaged over noisy copies."""
 
 
 COMMITTEE = (

@@ -36,11 +36,13 @@ class Transfer(Momentum):
       by the beginning of their key) and `file:PATH` (weights for the victim's architecture). Of
       several the mean of their logits is attacked, see `Ensemble`.
 
-    Deviation: a target of `least_likely` is refused, since the victim alone could name it.
+    Deviations: steps three times as long as in the papers, so that the sum of ten reaches the edge
+    of the budget even where their signs differ (it carries over better). A target of `least_likely` is refused, since the victim alone could name it.
     """
 
     needs: ClassVar[Access] = "labels"
 
+    step_size: float = 0.3
     diversity_probability: float = 0.5
     kernel_size: int = 5
     sources: Sequence[str] = ("seed:1001",)
