@@ -5,6 +5,7 @@ from robustbench_local.models.checkpoint import load_checkpoint
 from robustbench_local.models.mlp import MLP
 from robustbench_local.models.normalize import Normalize, Normalized, pixel_statistics
 from robustbench_local.models.preact_resnet import PreActResNet18
+from robustbench_local.models.resnet import ResNet
 from robustbench_local.models.small_cnn import SmallCNN
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Normalize",
     "Normalized",
     "PreActResNet18",
+    "ResNet",
     "SmallCNN",
     "build_model",
     "check_model",

@@ -12,6 +12,7 @@ from robustbench_local.models import (
     MLP,
     Normalized,
     PreActResNet18,
+    ResNet,
     SmallCNN,
     build_model,
     check_model,
@@ -19,6 +20,7 @@ from robustbench_local.models import (
     pixel_statistics,
 )
 from robustbench_local.models.preact_resnet import PreActBlock
+from robustbench_local.models.resnet import Block
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 
@@ -47,7 +49,7 @@ def viewing(**arguments):
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 37, 21)])
-@pytest.mark.parametrize("name", ["small_cnn", "mlp", "preact_resnet18"])
+@pytest.mark.parametrize("name", ["small_cnn", "mlp", "preact_resnet18", "resnet8", "resnet20"])
 def test_every_file_builds_a_model_that_keeps_the_contract(name, shape):
     config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     if name == "preact_resnet18":
@@ -182,6 +184,35 @@ def test_preact_resnet18_has_the_published_size():
     assert sum(weight.numel() for weight in model.parameters()) == 11_171_146 + 2 * 512
 
 
+@pytest.mark.parametrize(
+    ("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)]
+)
+def test_resnets_have_the_published_sizes(depth, millions):
+    model = ResNet(input_shape=(3, 32, 32), num_classes=10, depth=depth)
+    weights = sum(weight.numel() for weight in model.parameters())
+    # Table 6 of the paper, to its two digits.
+    assert weights / 1e6 == pytest.approx(millions, abs=0.05 if millions > 1 else 0.005)
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == depth
+
+
+@pytest.mark.parametrize("depth", [2, 7, 9, 18, -4])
+def test_depths_that_resnets_do_not_come_in_are_told(depth):
+    with pytest.raises(UserError, match=rf"model\.depth={depth}; expected 6n \+ 2"):
+        ResNet(input_shape=(3, 32, 32), num_classes=10, depth=depth)
+
+
+def test_resnet_blocks_with_silent_convolutions_pass_the_image_on():
+    same, fewer = Block(4, 4).eval(), Block(4, 8).eval()
+    for block in (same, fewer):
+        nn.init.zeros_(block.conv2.weight)
+    x = torch.rand(2, 4, 5, 5)
+    assert torch.equal(same(x), x)
+    halved = fewer(x)
+    assert torch.equal(halved[:, :4], x[:, :, ::2, ::2])
+    assert halved.shape == (2, 8, 3, 3) and not halved[:, 4:].any()
+
+
 def test_a_preact_block_with_silent_convolutions_is_the_identity():
     block = PreActBlock(4, 4, stride=1).eval()
     nn.init.zeros_(block.conv2.weight)
@@ -190,7 +221,7 @@ def test_a_preact_block_with_silent_convolutions_is_the_identity():
     assert PreActBlock(4, 8, stride=2)(x).shape == (2, 8, 3, 3)
 
 
-@pytest.mark.parametrize("name", ["small_cnn", "preact_resnet18"])
+@pytest.mark.parametrize("name", ["small_cnn", "preact_resnet18", "resnet8"])
 def test_both_memory_formats_compute_the_same(name):
     config = {**yaml.safe_load((CONF / f"{name}.yaml").read_text()), "width": 8}
     model = build_model(config, make_data((3, 16, 16))).eval()
