@@ -22,13 +22,24 @@ from robustbench_local.types import Norm
 
 CHOICES = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "attack").glob("*.yaml"))
 
-DETERMINISTIC = {"fgsm"}
+DETERMINISTIC = {"fgsm", "one_pixel_exhaustive"}
 """Attacks that draw nothing; every other one must answer to its seed."""
 
 EPSILON: dict[Norm, float] = {"linf": 0.1, "l2": 0.6, "l1": 3, "l0": 3}
 
 # The contract holds for any number of steps, so a few are enough.
-FEW = {"steps": 5, "restarts": 2, "samples": 3, "queries": 60, "population": 10, "generations": 3}
+FEW = {
+    "steps": 5,
+    "restarts": 2,
+    "samples": 3,
+    "queries": 60,
+    "population": 10,
+    "generations": 3,
+    "levels": 2,
+}
+
+SINGLE = {"one_pixel_exhaustive"}
+"""Attacks that change one pixel however many they may."""
 
 
 @cache
@@ -320,6 +331,8 @@ def test_breaks_at_least_what_noise_breaks(
     choice: str, norm: Norm, digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]
 ) -> None:
     """On digits, with budgets where noise alone already breaks some."""
+    if choice in SINGLE:
+        pytest.skip("one pixel is no match for noise on a hundred; held to brute force instead")
     x, y = (part[:100] for part in digit_images)
     epsilon = {"linf": 0.5, "l2": 7, "l1": 120, "l0": 100}[norm]
     generator = torch.Generator().manual_seed(0)
