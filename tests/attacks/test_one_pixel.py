@@ -180,6 +180,22 @@ def test_a_linear_victim_falls_exactly_where_it_can(
 
 
 @pytest.mark.slow
+def test_on_digits_evolution_misses_nothing(
+    digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]
+) -> None:
+    """Digits near another class, all colours of a grid at all 784 places."""
+    x = digit_images[0]
+    with torch.no_grad():
+        best = digit_model(x).topk(2, dim=1).values
+    x = x[(best[:, 0] - best[:, 1]).argsort()[:144:6]]
+    y = predict(digit_model, x)
+    exact = predict(digit_model, OnePixelExhaustive(levels=3)(digit_model, x, y, threat())) != y
+    assert 5 <= int(exact.sum()) <= 19
+    found = predict(digit_model, OnePixel()(digit_model, x, y, threat())) != y
+    assert found[exact].double().mean() >= 0.95
+
+
+@pytest.mark.slow
 def test_at_least_as_strong_as_torchattacks() -> None:
     """Equal populations and generations, on images of which some fall and some do not."""
     model, x = linear((3, 8, 8), 4), images((3, 8, 8), 500)
