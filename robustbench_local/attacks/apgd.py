@@ -32,7 +32,8 @@ APGDLoss: TypeAlias = Literal["ce", "dlr", "dlr_targeted"]
 class APGD(Attack):
     """Auto-PGD (Croce and Hein 2020, arXiv:2003.01690); for l1 arXiv:2103.01208 by the same.
 
-    - `steps`: gradients for each ascent. `restarts`: on the survivors of the ones before.
+    - `steps`: gradients for each ascent. `restarts`: on the survivors of the ones before; `None`
+      for one, and for ten under l1, where the starts matter more (AutoAttack has five).
     - `loss`: `ce` and `dlr` as in `attack_loss`; `dlr_targeted` makes one ascent towards each of
       the `targets` most likely wrong classes, each on the survivors of the ones before (APGD-T).
       Any wrong class is a success.
@@ -58,7 +59,7 @@ class APGD(Attack):
     per_example_radius: ClassVar[bool] = True
 
     steps: int = 100
-    restarts: int = 1
+    restarts: int | None = 1
     loss: APGDLoss = "ce"
     targets: int = 9
     rho: float = 0.75
@@ -69,7 +70,8 @@ class APGD(Attack):
     def __post_init__(self) -> None:
         check_target(self.target)
         for name in ("steps", "restarts", "targets", "eot_samples"):
-            require_count(name, getattr(self, name))
+            if name != "restarts" or self.restarts is not None:
+                require_count(name, getattr(self, name))
         if self.loss not in get_args(APGDLoss):
             raise UserError(
                 f"attack.loss={self.loss} is unknown; expected one of "
@@ -77,7 +79,7 @@ class APGD(Attack):
             )
         if not 0 < self.rho < 1:  # also NaN
             raise UserError(f"attack.rho={self.rho:g}; expected a share above 0 and below 1")
-        if self.restarts > 1 and not self.random_start:
+        if self.restarts != 1 and not self.random_start:
             raise UserError(
                 f"attack.restarts={self.restarts} would repeat the same run without a random "
                 "start; type attack.random_start=true or attack.restarts=1"
@@ -91,9 +93,10 @@ class APGD(Attack):
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Every ascent, each on the survivors of the ones before."""
         y, _ = self.goal(model, x, y)
+        restarts = self.restarts or (10 if threat.norm == "l1" else 1)
         found = _Found(x, settled=self.eot_samples == 1 and not is_randomized(model))
         for aim, wanted in enumerate(self._aims(model, x, y)):
-            for restart in range(self.restarts):
+            for restart in range(restarts):
                 rows = found.alive()
                 if len(rows) == 0:
                     return found.x_adv

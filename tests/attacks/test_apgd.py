@@ -234,6 +234,18 @@ def test_every_image_gets_its_own_result(norm: Norm, loss: str) -> None:
     torch.testing.assert_close(x_adv[::8], torch.cat(alone), rtol=0, atol=2e-6)
 
 
+@norms
+def test_restarts_of_its_own_are_ten_under_l1(norm: Norm) -> None:
+    model, x = victim((1, 8, 8), 5), images((1, 8, 8), 30)
+    y = predict(model, x)
+    around = threat(norm, middling_epsilon(model, x, y, norm))
+    own, one, ten = (
+        APGD(steps=4, restarts=restarts)(model, x, y, around) for restarts in (None, 1, 10)
+    )
+    assert torch.equal(own, ten) == (norm == "l1")
+    assert torch.equal(own, one) == (norm != "l1")
+
+
 @pytest.mark.parametrize("deviation", [3.0, 30.0])
 @norms
 def test_a_lucky_draw_is_not_the_best_point(norm: Norm, deviation: float) -> None:
@@ -295,7 +307,15 @@ def test_more_steps_and_restarts_break_more(
 
 
 def authors(
-    model: nn.Module, x: Tensor, y: Tensor, norm: Norm, epsilon: float, loss: str, steps: int
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    norm: Norm,
+    epsilon: float,
+    loss: str,
+    steps: int,
+    *,
+    seed: int = 0,
 ) -> Tensor:
     """The authors' APGD; of the noise it would draw from here, nothing is left behind."""
     kind = APGDAttack_targeted if loss == "dlr_targeted" else APGDAttack
@@ -304,7 +324,7 @@ def authors(
         n_iter=steps,
         norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[norm],
         eps=epsilon,
-        seed=0,
+        seed=seed,
         device="cpu",
         use_largereps=norm == "l1",
         **({} if loss == "dlr_targeted" else {"loss": loss}),
@@ -345,14 +365,17 @@ def test_at_least_as_strong_on_a_robust_network(
     robust_digit_model: nn.Module,
     digit_images: tuple[Tensor, Tensor],
 ) -> None:
-    x, y = (part[:200] for part in digit_images)
-    if loss == "dlr_targeted":
-        x, y = x[:100], y[:100]
+    count = 60 if loss == "dlr_targeted" else 150
+    x, y = (part[:count] for part in digit_images)
     model = robust_digit_model
-    theirs = authors(model, x, y, norm, epsilon, loss, 100)
-    mine = APGD(loss=loss)(model, x, y, threat(norm, epsilon))
-    # One draw of random starts against one: each scatters by 0.5 points.
-    assert accuracy(model, mine, y) <= accuracy(model, theirs, y) + 0.01
+    left, left_mine = 0.0, 0.0
+    for seed in (0,) if loss == "dlr_targeted" else (0, 1):
+        left += accuracy(model, authors(model, x, y, norm, epsilon, loss, 100, seed=seed), y)
+        attack = APGD(loss=loss, seed=seed)
+        left_mine += accuracy(model, attack(model, x, y, threat(norm, epsilon)), y)
+    # The starts differ: the mean of two such runs scatters by 0.7 points, that of their difference
+    # by one.
+    assert left_mine <= left + 2 * 0.02
 
 
 def test_at_least_as_strong_as_plain_descent(
@@ -378,6 +401,7 @@ def test_at_least_as_strong_as_plain_descent(
         ({"rho": 0}, "attack.rho=0"),
         ({"rho": float("nan")}, "attack.rho=nan"),
         ({"restarts": 2, "random_start": False}, "attack.random_start=true"),
+        ({"restarts": None, "random_start": False}, "attack.random_start=true"),
         ({"loss": "dlr_targeted", "target": 1}, "attack.loss=ce"),
         ({"target": "farthest"}, "attack.target=farthest"),
     ],
