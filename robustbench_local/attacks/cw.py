@@ -33,7 +33,8 @@ class CW(MinimumNorm):
       constant.
     - `binary_search_steps` constants, the first one `initial_const`; ten times the last one until
       one succeeds, halving the interval after that.
-    - `confidence`: the margin asked for, in units of the logits.
+    - `confidence`: the margin asked for, in units of the logits. Against a randomised victim some
+      is needed: at a margin of 0 half of the draws are still right.
     - `eot_samples`, `boundary_steps`, `target`: see `PGD`, `MinimumNorm` and `attacks.target`. A
       `confidence` above 0 needs `boundary_steps=0`, which would give the margin back.
 

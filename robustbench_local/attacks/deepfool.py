@@ -26,9 +26,10 @@ class DeepFool(MinimumNorm):
       a target the boundary between it and the highest other score is approached.
 
     Deviations from the paper: each step is directed inside the box, where the paper's would be cut
-    off at pixels 0 and 1 and stall. In the first half of the steps it has the paper's length, for
-    linear approximations hold nearby only; after that as much as the box asks for. All classes up
-    to 10 are considered by default, and `boundary_steps` takes most of the overshoot back.
+    off at pixels 0 and 1 and stall. Until a tenth of the first gap in scores is left it has the
+    paper's length, or half of what the box asks for if that is more, since linear approximations
+    hold nearby only. All classes up to 10 are considered by default, and `boundary_steps` takes
+    most of the overshoot back.
     """
 
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
@@ -51,14 +52,18 @@ class DeepFool(MinimumNorm):
             wanted = self._wanted(held, held.model(held.x))
         total = torch.zeros_like(held.x)
         x_adv = held.x
-        for step in range(self.steps):
-            total = total + self._step(held, rows, x_adv, wanted, full=step >= self.steps // 2)
+        first = held.size.new_zeros(len(rows))
+        for _ in range(self.steps):
+            step, gap = self._step(held, rows, x_adv, wanted, first)
+            first = torch.where(first > 0, first, gap)
+            total = total + step
             x_adv = (held.x[rows] + (1 + self.overshoot) * total).clamp(0, 1)
             going = (~held.offer(x_adv, held.fools(x_adv, rows), rows)).nonzero().squeeze(1)
             if len(going) == 0:
                 return
             if len(going) < len(rows):
-                rows, x_adv, wanted, total = rows[going], x_adv[going], wanted[going], total[going]
+                rows, x_adv, wanted = rows[going], x_adv[going], wanted[going]
+                total, first = total[going], first[going]
 
     def _wanted(self, held: Nearest, logits: Logits) -> Tensor:
         """The classes each image may go to, shape (N, candidates)."""
@@ -68,13 +73,18 @@ class DeepFool(MinimumNorm):
         return wrong.topk(min(self.candidates, logits.shape[1] - 1), dim=1).indices
 
     def _step(
-        self, held: Nearest, rows: Tensor, x_adv: Images, wanted: Tensor, *, full: bool
-    ) -> Images:
-        """The shortest of the steps to the classes wanted; the most useful where none arrives."""
+        self, held: Nearest, rows: Tensor, x_adv: Images, wanted: Tensor, first: Tensor
+    ) -> tuple[Images, Tensor]:
+        """The shortest of the steps to the classes wanted; the most useful where none arrives.
+
+        Also how far the nearest class lies behind in scores; `first` is that of the first step.
+        """
         y = held.y[rows]
         gaps, slopes = _boundaries(
             held.model, x_adv, y, wanted, targeted=held.targeted, samples=self.eot_samples
         )
+        behind = torch.stack(gaps).amin(0)
+        near = behind < 0.1 * first
         linf = held.threat.norm == "linf"
         best = torch.zeros_like(x_adv)
         length = torch.full_like(gaps[0], torch.inf)
@@ -85,14 +95,12 @@ class DeepFool(MinimumNorm):
             # Whether it arrives decides before its length: outside the box no step is of use.
             better = (missing < lack) | ((missing == lack) & (size < length))
             better &= (slope != 0).flatten(1).any(1)
-            if not full:
-                slant = slope.flatten(1).norm(p=1 if linf else 2, dim=1)
-                # The length the step would have without a box.
-                share = gap / (slant * size).clamp(min=1e-30)
-                step = step * share.clamp(max=1)[:, None]
+            slant = slope.flatten(1).norm(p=1 if linf else 2, dim=1)
+            share = gap / (slant * size).clamp(min=1e-30)  # of the length without a box
+            step = step * share.clamp(min=0.5, max=1).masked_fill(near, 1)[:, None]
             best = torch.where(better.view(-1, 1, 1, 1), step.view_as(best), best)
             length, lack = torch.where(better, size, length), torch.where(better, missing, lack)
-        return best
+        return best, behind
 
 
 def _boundaries(

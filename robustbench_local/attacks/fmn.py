@@ -32,7 +32,8 @@ class FMN(MinimumNorm):
     - `steps`; `step_size`, the first step as a fraction of the radius at that moment (for l0 how
       far the entry of the largest slope goes), falls to `final_step_size` along half a cosine, as
       the relative change of the radius does from `gamma` to `final_gamma`.
-    - `random_start`: begin at a random point of the box instead of the image.
+    - `random_start`: begin at a random point of the box instead of the image, or where it is
+      adversarial on the boundary between the two.
     - `restarts`: those after the first begin at a random point of the ball of the best result.
     - `sweep`: after the untargeted search, one towards each of so many most likely wrong classes,
       each as expensive as the first.
@@ -89,7 +90,12 @@ class FMN(MinimumNorm):
         radii = held.size.clamp(max=largest)
         if self.random_start:
             radii = torch.full_like(radii, largest)
-        return held.threat.per_example(radii).random_start(held.x, draws)
+        start = held.threat.per_example(radii).random_start(held.x, draws)
+        everyone = torch.arange(len(start), device=start.device)
+        rows = held.offer(start, held.fools(start, everyone)).nonzero().squeeze(1)
+        if len(rows):
+            start[rows] = held.draw_back(start[rows], rows, 10)
+        return start
 
     def _descend(
         self, held: Nearest, start: Images, aim: Labels, targeted: bool, number: int
@@ -97,7 +103,7 @@ class FMN(MinimumNorm):
         """One search from `start`: for a class `aim` if `targeted`, else away from it."""
         x, threat = held.x, held.threat
         x_adv = start
-        radii = torch.zeros(len(x), device=x.device, dtype=torch.float64)
+        radii = threat.size(start, x)
         best = torch.full_like(radii, torch.inf)
         for step in range(self.steps):
             fall = (1 + cos(pi * step / self.steps)) / 2
@@ -111,7 +117,9 @@ class FMN(MinimumNorm):
             size = threat.size(x_adv, x)
             best = torch.where(fooled, best.minimum(size), best)
             inward = feasible(look.gradient, x_adv) / self.eot_samples
+            # A little further, since an estimate that is exact ends on the boundary, not behind it.
             reach = size + _distance(threat.norm, look.loss, inward, x_adv)
+            reach = reach * (1 + self.final_gamma)
             radii = _follow(threat.norm, radii, reach, best, fooled, gamma)
             radii = radii.clamp(max=diameter(threat, x))
             move = unit(look.gradient, x, derive_seed(self.seed, "fmn", number, step))
@@ -135,7 +143,7 @@ def _follow(
         smaller = smaller.floor().minimum(radii - 1).clamp(min=1)
         larger = larger.floor().maximum(radii + 1)
         # One pixel more each time: the estimate assumes that scores are linear in large changes.
-        reach = reach.clamp(min=1).maximum(larger)
+        reach = reach.floor().maximum(larger)
     outward = torch.where(best.isfinite(), larger, reach)
     return torch.where(fooled, smaller.minimum(best), outward)
 

@@ -72,29 +72,15 @@ class MinimumNorm(Attack):
             whole = ThreatModel(norm=threat.norm, epsilon=1)  # epsilon has no say in the search
             held = Nearest(model, x[rows], y[rows], whole, targeted=targeted, owners=rows)
             self.search(held)
-            self._shorten(held)
+            reached = held.size.isfinite().nonzero().squeeze(1)
+            if len(reached):
+                held.draw_back(held.best[reached], reached, self.boundary_steps)
             found[rows] = held.best
         return found
 
     @abstractmethod
     def search(self, held: "Nearest") -> None:
         """Offer points to `held`, which says what the images, labels and norm are."""
-
-    def _shorten(self, held: "Nearest") -> None:
-        """Bisect the radius between 0 and that of the point found; see the class."""
-        rows = held.size.isfinite().nonzero().squeeze(1)
-        if len(rows) == 0 or self.boundary_steps == 0:
-            return
-        x, start = held.x[rows], held.best[rows]
-        high = held.size[rows]
-        low = torch.zeros_like(high)
-        for _ in range(self.boundary_steps):
-            middle = (low + high) / 2
-            if held.threat.norm == "l0":
-                middle = middle.floor()
-            points = held.threat.per_example(middle).project(start, x)
-            fooled = held.offer(points, held.fools(points, rows), rows)
-            low, high = torch.where(fooled, low, middle), torch.where(fooled, middle, high)
 
 
 class Nearest:
@@ -149,6 +135,24 @@ class Nearest:
         self.best[rows[nearer]] = points[nearer]
         self.size[rows[nearer]] = size[nearer]
         return fooled
+
+    def draw_back(self, points: Images, rows: Tensor, steps: int) -> Images:
+        """Adversarial points of the examples `rows`, nearer by bisections of the radius.
+
+        Each projects the point on a ball between the image and the nearest success so far.
+        """
+        x = self.x[rows]
+        nearest, high = points, self.threat.size(points, x)
+        low = torch.zeros_like(high)
+        for _ in range(steps):
+            middle = (low + high) / 2
+            if self.threat.norm == "l0":
+                middle = middle.floor()
+            tried = self.threat.per_example(middle).project(points, x)
+            fooled = self.offer(tried, self.fools(tried, rows), rows)
+            nearest = torch.where(fooled.view(-1, 1, 1, 1), tried, nearest)
+            low, high = torch.where(fooled, low, middle), torch.where(fooled, middle, high)
+        return nearest
 
 
 def _fools(model: Model, x: Images, y: Labels, targeted: bool, owners: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def eta(side: int) -> Tensor:
     many neurons of a first layer a little.
     """
     upper = side // 2
-    both = torch.cat((_bump(upper, side), -_bump(side - upper, side)))
+    both = torch.cat((_bump(upper, side), -_bump(side - upper, side)))  # of length 1 each
     both /= torch.linalg.vector_norm(both)
     return both
 
@@ -139,7 +139,9 @@ def _bump(height: int, width: int) -> Tensor:
     rings = max(height // 2, width // 2) + 1
     weight: Tensor = 1 / torch.arange(1, rings + 1).double() ** 2
     tails = weight.flip(0).cumsum(0).flip(0)
-    return tails[ring]
+    bump: Tensor = tails[ring]
+    bump /= torch.linalg.vector_norm(bump)
+    return bump
 
 
 def _corner(x: Images, side: int, draw: Tensor) -> tuple[Tensor, Tensor]:
