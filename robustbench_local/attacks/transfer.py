@@ -37,7 +37,8 @@ class Transfer(Momentum):
       several the mean of their logits is attacked, see `Ensemble`.
 
     Deviations: steps three times as long as in the papers, so that the sum of ten reaches the edge
-    of the budget even where their signs differ (it carries over better). A target of `least_likely` is refused, since the victim alone could name it.
+    of the budget even where their signs differ (it carries over better). A target of `least_likely`
+    is refused, since the victim alone could name it.
     """
 
     needs: ClassVar[Access] = "labels"
