@@ -184,6 +184,37 @@ def test_a_targeted_attack_reports_how_often_it_got_there(cli):
     assert "reached the target class" in finished.out
 
 
+def test_a_transfer_names_its_sources_and_knows_them_by_content(cli):
+    words = (*QUICK, "attack=transfer", "threat.access=labels")
+    assert cli(*words, "attack.sources=[seed:5,seed:6]").code == 0
+    (record,) = records().values()
+    assert record["passes_per_attacked_image"] == {"forward": 0, "backward": 0}
+    told = record["attack_report"]["sources"]
+    assert [source["name"] for source in told] == ["seed:5", "seed:6"]
+    keys = {path.stem for path in Path("cache/weights").glob("*.json")}
+    assert keys == {record["weights"]["key"], *(source["key"] for source in told)}
+    for name in ("first", "second"):
+        source = Path(f"cache/weights/{told[0]['key']}.safetensors")
+        Path(f"{name}.safetensors").write_bytes(source.read_bytes())
+    assert cli(*words, "attack.sources=[file:first.safetensors]").code == 0
+    again = cli(*words, "attack.sources=[file:second.safetensors]")
+    assert "recorded before" in again.out
+    finished = cli(*words, "attack.sources=[seed:0]")
+    assert finished.code == 1
+    assert "the weights of the victim itself" in finished.err
+
+
+def test_a_substitute_reports_its_queries(cli):
+    words = (*QUICK, "attack=substitute", "threat.access=labels", "attack.rounds=2")
+    few = ("attack.epochs=1", "attack.seeds=20", "attack.inner.samples=1", "attack.inner.noise=0")
+    assert cli(*words, *few, "threat.epsilon=[0.1,0.3]").code == 0
+    for record in records().values():
+        assert record["attack_report"]["queries"] == 40
+        assert record["attack_report"]["held_out_images"] == 180
+        assert record["attack_report"]["transfer_epsilon"] == 0.3
+        assert record["passes_per_attacked_image"]["forward"] == 0
+
+
 def test_a_failing_run_does_not_stop_a_sweep(cli):
     finished = cli("-m", *QUICK, "attack=noise", "attack.samples=0,1")
     assert finished.code == 1
@@ -213,6 +244,8 @@ BAD = {
     "train.batch_size=64.5": "train.batch_size=64.5",
     "+defense.foo=1": "foo",
     "attack.loss=hinge": "attack.loss=hinge is unknown",
+    "attack=transfer attack.sources=[model:3]": "'model:3' cannot be read",
+    "attack=substitute attack.query_budget=9": "attack.query_budget=9 does not pay",
     "seed=abc": "seed=abc",
     "batch_size=0": "batch_size=0",
     "device=cuda:7": "device=cuda:7 is not there",

@@ -110,7 +110,9 @@ def _one_label(x, y):
 
 
 @pytest.mark.parametrize(
-    "other", [{"change": _one_pixel}, {"change": _one_label}, {"split_seed": 1}], ids=["pixel", "label", "split"]
+    "other",
+    [{"change": _one_pixel}, {"change": _one_label}, {"split_seed": 1}],
+    ids=["pixel", "label", "split"],
 )
 def test_fingerprint_changes_with_pixels_labels_and_split(other):
     assert made(**other).fingerprint != made().fingerprint
