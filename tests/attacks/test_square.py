@@ -213,8 +213,12 @@ def test_restarts_attack_the_survivors_only(
 def test_targets_are_reached(digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]) -> None:
     x, y = (part[:60] for part in digit_images)
     attack = Square(queries=800, target="next")
-    x_adv = attack(digit_model, x, y, threat("linf", 0.3))
-    assert (predict(digit_model, x_adv) == (y + 1) % 10).double().mean() >= 0.9
+    budget = ThreatModel(norm="linf", epsilon=0.3)
+    scored, climbed = (
+        (predict(digit_model, attack(digit_model, x, y, budget)) == (y + 1) % 10).double().mean()
+        for attack in (attack, PGD(target="next"))
+    )
+    assert scored >= climbed - 0.05 > 0.8
 
 
 @norms
@@ -254,7 +258,7 @@ def test_on_a_robust_network_stronger_than_pgd_and_as_strong_as_the_authors(
     library = pytest.importorskip("pyautoattack.square")
     x, y = digit_images
     right = predict(robust_digit_model, x) == y
-    x, y = x[right][:150], y[right][:150]
+    x, y = x[right][:100], y[right][:100]
     budget, queries = threat("linf", 0.3), 2000
     x_adv = Square(queries=queries)(robust_digit_model, x, y, budget)
     budget.check(x_adv, x)
