@@ -68,7 +68,7 @@ class InputGradient(NamedTuple):
 
     gradient: Tensor  # (N, C, H, W), summed over the samples: attacks use its direction only
     loss: Tensor  # (N,), mean over the samples
-    resists: Tensor  # (N,) bool: short of the attack's goal in some sample, see `resists`
+    resists: Tensor  # (N,) bool: short of the attack's goal in every sample, see `resists`
 
 
 def input_gradient(

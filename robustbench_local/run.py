@@ -80,7 +80,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
         trained = get_model(settings, data, defense, device, cache, display)
         victim = defense.apply(trained.model)
         sample = min(SAMPLE, config.batch_size)
-        flags = audit(victim, data, eot_samples=getattr(attack, "eot_samples", 1), sample=sample)
+        flags = audit(victim, data, eot_samples=attack.draws_averaged, sample=sample)
         # Seen, not only declared: a network of the user's own may be random without saying so.
         randomized = defense.randomized(victim) or is_random(victim, data, sample=sample)
         draws = config.judge_draws if randomized else 1

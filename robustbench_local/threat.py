@@ -84,9 +84,11 @@ class ThreatModel:
                 f"threat.epsilon={self.epsilon:g} is not whole, but under l0 it is the number of "
                 "pixels; type for example threat.epsilon=1"
             )
-        if self.query_budget is not None and self.query_budget < 1:
+        budget = self.query_budget
+        whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
+        if budget is not None and not whole:
             raise UserError(
-                f"threat.query_budget={self.query_budget} allows no forward pass; expected 1 or "
+                f"threat.query_budget={budget}; expected a whole number of forward passes, 1 or "
                 "more, type threat.query_budget=null for no limit"
             )
 

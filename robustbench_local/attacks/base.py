@@ -46,6 +46,11 @@ class Attack(ABC):
         """
         return self
 
+    @property
+    def draws_averaged(self) -> int:
+        """Forward passes averaged for each look at the victim: 1 proves nothing of a random one."""
+        return int(getattr(self, "eot_samples", 1))
+
     def report(self) -> Mapping[str, Any]:
         """What the record should say about the attack beside accuracies, as JSON holds it."""
         return {}
@@ -83,6 +88,11 @@ class Attack(ABC):
             raise UserError(
                 f"attack {name} needs access to {self.needs} and threat.access={threat.access} "
                 f"grants less; type threat.access={self.needs} or choose another attack"
+            )
+        if getattr(self, "target", None) == "least_likely" and not threat.allows("scores"):
+            raise UserError(
+                f"attack.target=least_likely needs scores and threat.access={threat.access} grants "
+                "less; type threat.access=scores or attack.target=random"
             )
 
     @abstractmethod

@@ -133,6 +133,11 @@ class Cascade(Attack):
             self._skipped[name] = f"{name} does not serve {threat.norm}"
         return best
 
+    @property
+    def draws_averaged(self) -> int:
+        """Those of the part that takes fewest: `eot_samples` is about the looks after each."""
+        return min(part.draws_averaged for part in self.parts.values())
+
     def report(self) -> Mapping[str, Any]:
         """`parts`, for each: images attacked and broken, passes, seconds; and `skipped` ones.
 

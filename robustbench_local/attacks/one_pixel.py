@@ -24,7 +24,7 @@ class OnePixel(Attack):
     every candidate of the `population` has one child, a + `mutation` * (b - c) of three different
     ones drawn from the generation before, no crossover; it replaces its parent where it is
     better. There are `generations` of them, so an image costs population * (generations + 1)
-    forward passes at most.
+    forward passes at most, times `eot_samples`; choosing a `target` may take one more.
 
     Several pixels are more numbers than 100 generations settle: `attack=few_pixel` spends the same
     queries on a quarter of the population and four times the generations, which breaks more (20 of
@@ -44,9 +44,10 @@ class OnePixel(Attack):
     Deviations from the paper. It stops an image at a confidence (5% for the true class, 90% for a
     target), here a wrong prediction is enough. Fitness is the log-odds of the class, not its
     probability: the same order, but it does not saturate. Colours are rounded to the 256 levels of
-    its images when they are painted, and no candidate is asked about twice where its pixels fit
-    into 40 bits: the search is the same and its later generations cost next to nothing. Where the
-    paper is silent, children are kept inside: positions by reflection, colours by clamping.
+    its images when they are painted, and the answers about recent candidates are remembered where
+    their pixels fit into 40 bits: the search is the same and its later generations cost next to
+    nothing. Where the paper is silent, children are kept inside: positions by reflection, colours
+    by clamping.
     """
 
     needs: ClassVar[Access] = "scores"

@@ -84,7 +84,7 @@ class Scorer:
 
 
 class Memory:
-    """What the victim said about painted images of each example, so that none is asked twice.
+    """What the victim said about painted images of each example, so that hardly any is asked twice.
 
     Images are told apart by exact numbers, `code`. The newest answers are kept, up to `SLOTS` for
     each example (12 bytes each); which ones depends on the example alone.

@@ -22,7 +22,7 @@ def draw_curve(store: Store, records: Sequence[Record]) -> Path:
     from matplotlib.figure import Figure
 
     first = records[0]
-    kin = [record for record in store.all() if _same_victim(record, first)]
+    kin = [record for record in store.all() if _kinship(record) == _kinship(first)]
     lines: dict[str, dict[float, Record]] = defaultdict(dict)
     for record in sorted(kin, key=lambda record: str(record["finished"])):
         lines[record["labels"]["attack"]][record["labels"]["epsilon"]] = record
@@ -44,7 +44,7 @@ def draw_curve(store: Store, records: Sequence[Record]) -> Path:
     axes.set_title(f"{labels['dataset']}: {labels['model']}, defense {labels['defense']}")
     axes.set_ylim(0, 1)
     axes.legend()
-    key = content_id({"weights": first["weights"]["sha256"], **{k: labels[k] for k in _ALONE}})
+    key = content_id(_kinship(first))
     path = store.folder / "curves" / f"{labels['dataset']}-{labels['norm']}-{key[:8]}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -52,9 +52,11 @@ def draw_curve(store: Store, records: Sequence[Record]) -> Path:
     return path
 
 
-def _same_victim(one: Record, other: Record) -> bool:
-    return (
-        one["weights"]["sha256"] == other["weights"]["sha256"]
-        and one["dataset"]["test_fingerprint"] == other["dataset"]["test_fingerprint"]
-        and all(one["labels"][key] == other["labels"][key] for key in _ALONE)
-    )
+def _kinship(record: Record) -> dict[str, object]:
+    """What the points of one picture have in common."""
+    return {
+        "weights": record["weights"]["sha256"],
+        "test": record["dataset"]["test_fingerprint"],
+        "query_budget": record["config"]["threat"]["query_budget"],
+        **{key: record["labels"][key] for key in _ALONE},
+    }

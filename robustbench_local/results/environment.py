@@ -9,7 +9,13 @@ import torch
 from robustbench_local import __version__
 from robustbench_local.identity import PACKAGE
 
-_PACKAGES = ("torch", "torchvision", "torchattacks", "adversarial-robustness-toolbox", "numpy")
+_LIBRARIES = ("torchattacks", "adversarial-robustness-toolbox", "pyautoattack")
+_PACKAGES = ("torch", "torchvision", *_LIBRARIES, "numpy")
+
+
+def library_versions() -> dict[str, str | None]:
+    """The versions of the libraries whose attacks can be used."""
+    return {name: _version(name) for name in _LIBRARIES}
 
 
 def environment(device: torch.device) -> dict[str, object]:

@@ -20,7 +20,7 @@ from robustbench_local.identity import (
     file_sha256,
     find_object,
 )
-from robustbench_local.results.environment import environment
+from robustbench_local.results.environment import environment, library_versions
 from robustbench_local.results.statistics import wilson
 from robustbench_local.results.store import RECORD_VERSION, Record
 from robustbench_local.sources import identify
@@ -34,7 +34,8 @@ AWARENESS = "adaptive"
 
 _CODE = (
     "attacks", "data", "defenses", "evaluation", "models", "training",
-    "gradients.py", "oracle.py", "randomness.py", "run.py", "sources.py", "threat.py",
+    "gradients.py", "oracle.py", "randomness.py", "run.py", "sources.py", "spatial.py",
+    "threat.py",
 )  # fmt: skip
 
 
@@ -43,7 +44,8 @@ def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.devic
 
     The resolved configuration without folders and `force`; the content of the data, of a given
     checkpoint and of the models to transfer from in place of their paths; the kind of device; this
-    package's code and that of every class from elsewhere that the configuration names.
+    package's code and that of every class from elsewhere that the configuration names; the versions
+    of the attack libraries where one of them does the work.
     """
     decides = {key: value for key, value in settings.items() if key not in ("paths", "force")}
     decides["dataset"] = {
@@ -53,6 +55,8 @@ def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.devic
     }
     code = {name: _code_of(name) for name in sorted(set(_targets(settings)))}
     decides["device"] = device.type
+    if _is_foreign(decides["attack"]):
+        decides["libraries"] = library_versions()
     model = dict(decides["model"])
     if model.get("checkpoint"):
         model["checkpoint"] = _checkpoint_id(model["checkpoint"])
@@ -181,6 +185,20 @@ def _targets(node: object) -> Iterator[str]:
     if isinstance(node, list):
         for child in node:
             yield from _targets(child)
+
+
+def _is_foreign(node: object) -> bool:
+    """Whether an attack, or one inside it, is another library's."""
+    if not isinstance(node, Mapping):
+        return False
+    name = node.get("_target_")
+    if isinstance(name, str):
+        try:
+            if getattr(find_object(name), "foreign", False):
+                return True
+        except Exception:  # whatever importing it raises: building it will tell the user
+            return False
+    return any(_is_foreign(child) for child in node.values())
 
 
 def _checkpoint_id(path: str) -> str:

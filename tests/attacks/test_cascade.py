@@ -278,3 +278,10 @@ def test_a_query_budget_is_refused() -> None:
     threat = ThreatModel(norm="linf", epsilon=0.1, query_budget=100)
     with pytest.raises(UserError, match=r"threat.query_budget=100 cannot be shared out"):
         Cascade(parts={"a": Noise()})(Switch(), x, y, threat)
+
+
+def test_looks_after_a_part_are_no_samples_of_its_gradients() -> None:
+    """What the audit believes about randomised victims is what the weakest part does."""
+    parts = {"plain": PGD(steps=2), "averaged": PGD(steps=2, eot_samples=20)}
+    assert Cascade(parts=parts, eot_samples=20).draws_averaged == 1
+    assert Cascade(parts={"averaged": parts["averaged"]}).draws_averaged == 20

@@ -142,7 +142,7 @@ def test_pgd_40_on_an_undefended_network(
     benchmark: BenchmarkFixture, undefended: nn.Module, digits: Dataset
 ) -> None:
     x, y = correct_ones(undefended, digits)
-    result = benchmark.pedantic(race, args=(undefended, x, y, 3), rounds=1)
+    result = benchmark.pedantic(race, args=(undefended, x, y, 2), rounds=1)
     benchmark.extra_info.update(result.summary())
     assert result.left["ours"] <= min(result.left.values()) + 0.003
     assert result.ratio("torchattacks") >= 1.3, result.summary()
@@ -153,7 +153,7 @@ def test_pgd_40_on_a_robust_network(
     benchmark: BenchmarkFixture, robust_digit_model: nn.Module, digits: Dataset
 ) -> None:
     x, y = correct_ones(robust_digit_model, digits)
-    result = benchmark.pedantic(race, args=(robust_digit_model, x, y, 5), rounds=1)
+    result = benchmark.pedantic(race, args=(robust_digit_model, x, y, 3), rounds=1)
     benchmark.extra_info.update(result.summary())
     assert result.left["ours"] <= min(result.left.values()) + 0.003
     assert result.ratio("torchattacks") >= 1.0 * NOISE, result.summary()
