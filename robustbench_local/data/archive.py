@@ -40,7 +40,8 @@ def unpack(archive: Path, target: Path) -> None:
                 ".tar.xz was expected: type dataset.path=ARCHIVE or dataset.path=DIR"
             )
         os.replace(staging, target)
-    # RuntimeError and NotImplementedError: encrypted and unknown compression, from zipfile.
+    # RuntimeError: what zipfile raises for encrypted members, a subclass of it for a compression
+    # it does not know.
     except (
         tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError,
         RuntimeError,

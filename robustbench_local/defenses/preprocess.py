@@ -1,6 +1,6 @@
 """The base of run-time transforms: exact forward, a gradient the attacker can use backward."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from robustbench_local.types import Images
 
 
-class Preprocess(nn.Module):
+class Preprocess(nn.Module, ABC):
     """A transform of the pixels in front of a model, images in [0, 1] to images of any size.
 
     Subclasses implement `transform`, the exact transform, which may be random and need not be
@@ -32,8 +32,6 @@ class Preprocess(nn.Module):
     @abstractmethod
     def transform(self, x: Images) -> Images:
         """The exact transform, what the deployed pipeline computes."""
-        # nn.Module has no ABC behind it, so the decorator alone would let a subclass forget this.
-        raise NotImplementedError
 
     def surrogate(self, x: Images) -> Images:
         """A differentiable stand-in, same shape as `transform`'s; only its gradient counts."""

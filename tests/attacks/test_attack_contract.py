@@ -66,7 +66,10 @@ QUICK: dict[str, dict[str, float]] = {
 }
 
 SINGLE = {"one_pixel_exhaustive"}
-"""Attacks that change one pixel however many they may."""
+"""Attacks that change one pixel however many they may: no match for noise on a hundred."""
+
+BATCH_DRAWS = {"autoattack"}
+"""Attacks of other libraries that draw for the whole batch at once."""
 
 
 @cache
@@ -82,11 +85,6 @@ def build(choice: str, seed: int = 0) -> Attack:
         config.models = [{"_target_": f"{__name__}.Substituted", "_partial_": True}]
     config.update(QUICK.get(choice, {}))
     return hydra.utils.instantiate(config, _convert_="object")  # as `run.build` does
-
-
-def is_foreign(attack: Attack) -> bool:
-    """Whether another library does the work: it draws in batch order from global generators."""
-    return attack.foreign
 
 
 class Network(nn.Module):
@@ -234,10 +232,16 @@ def scipy_share(x_adv: Tensor, x: Tensor) -> np.ndarray:
     return shares
 
 
-pairs = pytest.mark.parametrize(
-    ("choice", "norm"),
-    [(choice, norm) for choice in CHOICES for norm in sorted(build(choice).norms)],
-)
+PAIRS = [(choice, norm) for choice in CHOICES for norm in sorted(build(choice).norms)]
+
+
+def pairs_without(*left_out: str) -> pytest.MarkDecorator:
+    """Every attack under every norm it serves, but for some attacks."""
+    chosen = [pair for pair in PAIRS if pair[0] not in left_out]
+    return pytest.mark.parametrize(("choice", "norm"), chosen)
+
+
+pairs = pairs_without()
 each = pytest.mark.parametrize("choice", CHOICES)
 
 
@@ -302,14 +306,12 @@ def test_the_seed_decides_the_draws(choice: str, norm: Norm) -> None:
     assert torch.equal(first, second) == (choice in DETERMINISTIC)
 
 
-@pairs
+@pairs_without(*BATCH_DRAWS)
 def test_the_batch_does_not_matter(choice: str, norm: Norm) -> None:
     model = Network(3, 5)
     x, y = batch(3, model)
     threat = least(build(choice), norm)
     attack = ready(choice, model, threat)
-    if is_foreign(attack):
-        pytest.skip("the draws of a foreign attack belong to the batch")
     whole = attack(model, x, y, threat)
     halves = torch.cat([attack(model, x[rows], y[rows], threat) for rows in halves_of(len(x))])
     order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
@@ -432,13 +434,11 @@ def test_refuses_an_access_that_is_too_little(choice: str) -> None:
         assert f"needs access to {attack.needs}" in str(caught.value)
 
 
-@pairs
+@pairs_without(*SINGLE)
 def test_breaks_at_least_what_noise_breaks(
     choice: str, norm: Norm, digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]
 ) -> None:
     """On digits, with budgets where noise alone already breaks some."""
-    if choice in SINGLE:
-        pytest.skip("one pixel is no match for noise on a hundred; held to brute force instead")
     attack = build(choice)
     x, y = (part[:100] for part in digit_images)
     epsilon = {"linf": 0.5, "l2": 7, "l1": 120, "l0": 100, "spatial": 1}[norm]

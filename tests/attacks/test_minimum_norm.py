@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -75,8 +76,6 @@ def exact(model: LinearVictim, x: Tensor, y: Tensor, norm: Norm) -> Array:
 @pytest.mark.parametrize("classes", [2, 5])
 def test_closed_form_away_from_the_box(name: str, norm: Norm, classes: int) -> None:
     """The distance to a hyperplane: the gap in scores over the dual norm of the slope."""
-    if classes > 2 and name == "ddn":
-        pytest.skip("cross-entropy climbs towards all classes, as in the paper")
     weight = torch.randn(classes, 64, generator=torch.Generator().manual_seed(7))
     x = 0.5 + 0.2 * (torch.rand(40, *SHAPE, generator=torch.Generator().manual_seed(1)) - 0.5)
     # Class 0 leads, so that the nearest boundary is not next to x; nor shall it lie beyond the box,
@@ -102,6 +101,11 @@ def test_closed_form_away_from_the_box(name: str, norm: Norm, classes: int) -> N
 
     ratio = found / known
     assert (ratio >= 0.999).all()
+    if name == "ddn" and classes > 2:
+        # The cross-entropy of the paper climbs towards all classes at once, not to the nearest.
+        assert np.median(ratio) <= 1.04
+        assert ratio.max() <= 1.2
+        return
     assert np.median(ratio) <= 1.01
     # Carlini and Wagner's attack follows the class whose score is highest, not the nearest one.
     share = 0.8 if name == "cw" and classes > 2 else 1
@@ -151,8 +155,10 @@ def test_fewest_pixels_of_colour_images() -> None:
 @pairs
 @pytest.mark.parametrize("variant", ["shift", "log-softmax", "scale up"])
 def test_no_disguise_of_the_logits_helps(name: str, norm: Norm, variant: str) -> None:
-    if name == "cw" and variant == "scale up":
-        pytest.skip("the constant weighs squared distance against scores: its scale matters")
+    attack = ATTACKS[name]
+    if isinstance(attack, CW) and variant == "scale up":
+        # Its constant weighs scores against squared distance, so it has their scale.
+        attack = replace(attack, initial_const=attack.initial_const / 1e3)
     plain, x, y, known = near_the_box(norm, 5)
     disguised = {
         "shift": LinearVictim(plain.weight.data, plain.bias.data, shift=-50),
@@ -160,7 +166,7 @@ def test_no_disguise_of_the_logits_helps(name: str, norm: Norm, variant: str) ->
         "log-softmax": LogSoftmax(plain),
     }[variant]
     # The attack believes the disguised victim, whose rounding is coarser.
-    found = distances(ATTACKS[name], disguised, x, y, norm)
+    found = distances(attack, disguised, x, y, norm)
     assert np.isfinite(found).all()
     epsilon = np.median(known)
     assert abs((found <= 1.01 * epsilon).mean() - (known <= epsilon).mean()) <= 0.02
