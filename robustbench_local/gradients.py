@@ -158,6 +158,18 @@ def pristine(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Run the body with cuDNN's deterministic kernels, then as before."""
+    cudnn = torch.backends.cudnn
+    flags = (cudnn.deterministic, cudnn.benchmark)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = flags
+
+
 def seed_global(seed: int) -> None:
     """Seed torch's global generators, of the CPU and of the GPUs in use.
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from robustbench_local.attacks.ascent import Ascent, BallAscent, SparseAscent, phases
+from robustbench_local.attacks.ascent import Ascent, BallAscent, Quest, SparseAscent, phases
 from robustbench_local.attacks.base import Attack, require_count
 from robustbench_local.attacks.target import Target, check_target
 from robustbench_local.errors import UserError
@@ -102,9 +102,8 @@ class APGD(Attack):
                     return found.x_adv
                 draws = Draws(x[rows], derive_seed(self.seed, "apgd", aim, restart))
                 x_adv = self._start(x[rows], threat[rows], draws)
-                self._ascend(
-                    model, rows, x[rows], y[rows], wanted[rows], threat[rows], x_adv, found
-                )
+                quest = Quest(rows, x[rows], y[rows], wanted[rows], threat[rows])
+                self._ascend(model, quest, x_adv, found)
         return found.x_adv
 
     def _aims(self, model: Model, x: Images, y: Labels) -> Iterator[Labels]:
@@ -127,28 +126,16 @@ class APGD(Attack):
         noise = draws.normal(x[0].numel()).view_as(x).to(x.dtype)
         return _widened(threat, phases(self.steps)[0][0]).project(x + noise, x)
 
-    def _ascend(
-        self,
-        model: Model,
-        rows: Tensor,
-        x: Images,
-        y: Labels,
-        wanted: Labels,
-        threat: ThreatModel,
-        x_adv: Images,
-        found: "_Found",
-    ) -> None:
+    def _ascend(self, model: Model, quest: Quest, x_adv: Images, found: "_Found") -> None:
         """One ascent from `x_adv`; what it finds goes into `found`."""
-        if threat.norm != "l1":
-            ascent: Ascent = BallAscent(
-                rows, x, y, wanted, threat, x_adv, steps=self.steps, rho=self.rho
-            )
+        if quest.threat.norm != "l1":
+            ascent: Ascent = BallAscent(quest, x_adv, steps=self.steps, rho=self.rho)
             self._climb(model, ascent, self.steps, found)
         else:
             for factor, steps in phases(self.steps):
-                ball = _widened(threat, factor)
-                start = ball.project(x_adv, x)
-                ascent = SparseAscent(rows, x, y, wanted, ball, start, steps=steps)
+                ball = _widened(quest.threat, factor)
+                start = ball.project(x_adv, quest.x)
+                ascent = SparseAscent(quest._replace(threat=ball), start, steps=steps)
                 # A point of a wider ball is no answer.
                 self._climb(model, ascent, steps, found if factor == 1 else None)
                 x_adv = ascent.best

@@ -4,6 +4,7 @@ linf and l2: Croce and Hein 2020, arXiv:2003.01690; l1: Croce and Hein 2021, arX
 """
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,23 +16,28 @@ MOMENTUM = 0.75
 """The share of the new step in a move; the rest repeats the move before."""
 
 
+class Quest(NamedTuple):
+    """What an ascent is after: a row of everything for each of N examples.
+
+    `rows` says which examples of the batch they are, shape (N,).
+    """
+
+    rows: Tensor
+    x: Images
+    y: Labels
+    wanted: Labels
+    threat: ThreatModel
+
+
 class Ascent(ABC):
     """Where each example stands, a row for each: one ascent of `steps` gradients in one ball.
 
-    `rows` says which examples of the batch they are, shape (N,); every tensor held here has a row
-    for each, so that `keep` can let some go.
+    Every tensor held here has a row for each, so that `keep` can let some go.
     """
 
-    def __init__(
-        self,
-        rows: Tensor,
-        x: Images,
-        y: Labels,
-        wanted: Labels,
-        threat: ThreatModel,
-        x_adv: Images,
-    ) -> None:
-        self.rows, self.x, self.y, self.wanted, self.threat = rows, x, y, wanted, threat
+    def __init__(self, quest: Quest, x_adv: Images) -> None:
+        self.rows, self.x, self.y, self.wanted, self.threat = quest
+        x = self.x
         self.x_adv = self.before = self.best = x_adv
         self.gradient = self.best_gradient = torch.zeros_like(x)
         self.loss = torch.full((len(x),), torch.inf, device=x.device)
@@ -65,19 +71,9 @@ class Ascent(ABC):
 class BallAscent(Ascent):
     """linf and l2: steps of 2 epsilon with momentum, halved where they do not pay off."""
 
-    def __init__(
-        self,
-        rows: Tensor,
-        x: Images,
-        y: Labels,
-        wanted: Labels,
-        threat: ThreatModel,
-        x_adv: Images,
-        *,
-        steps: int,
-        rho: float,
-    ) -> None:
-        super().__init__(rows, x, y, wanted, threat, x_adv)
+    def __init__(self, quest: Quest, x_adv: Images, *, steps: int, rho: float) -> None:
+        super().__init__(quest, x_adv)
+        x, threat = self.x, self.threat
         self._checkpoints, self._last, self._rho = set(checkpoints(steps)), 0, rho
         self.stride = threat.radius(x, 2).expand(len(x), 1, 1, 1)
         self.rises = torch.zeros(len(x), device=x.device)  # of the loss, since the last checkpoint
@@ -125,18 +121,9 @@ class SparseAscent(Ascent):
     best point; elsewhere it shrinks by 1.5, to a tenth of epsilon at least.
     """
 
-    def __init__(
-        self,
-        rows: Tensor,
-        x: Images,
-        y: Labels,
-        wanted: Labels,
-        threat: ThreatModel,
-        x_adv: Images,
-        *,
-        steps: int,
-    ) -> None:
-        super().__init__(rows, x, y, wanted, threat, x_adv)
+    def __init__(self, quest: Quest, x_adv: Images, *, steps: int) -> None:
+        super().__init__(quest, x_adv)
+        x, threat = self.x, self.threat
         self._every = max(1, int(0.04 * steps))
         self.longest = threat.radius(x).expand(len(x), 1, 1, 1)
         self.stride = self.longest

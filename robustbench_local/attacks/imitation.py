@@ -1,13 +1,11 @@
 """Training models to answer as another one does, on points chosen by their own gradient."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from robustbench_local.attacks.ensemble import Ensemble
+from robustbench_local.gradients import deterministic
 from robustbench_local.types import Images, Labels
 
 BATCH = 500
@@ -76,7 +74,7 @@ def train(
     """
     optimizer = torch.optim.Adam(committee.parameters(), lr=learning_rate)
     committee.train()
-    with torch.enable_grad(), _deterministic():
+    with torch.enable_grad(), deterministic():
         for _ in range(epochs):
             order = torch.randperm(len(x), generator=generator)
             # Even parts: batch normalisation cannot learn from a last batch of one image.
@@ -113,15 +111,3 @@ def stratified(labels: Tensor, generator: torch.Generator) -> Tensor:
     first = torch.searchsorted(sorted_labels, sorted_labels)
     turn = torch.arange(len(labels)) - first  # how many of its class come before
     return order[by_class][turn.argsort(stable=True)]
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Run the body with cuDNN's deterministic kernels, then as before."""
-    cudnn = torch.backends.cudnn
-    flags = (cudnn.deterministic, cudnn.benchmark)
-    cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = flags

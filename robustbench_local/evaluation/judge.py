@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustbench_local.errors import UserError
-from robustbench_local.gradients import pristine, seed_global
+from robustbench_local.gradients import deterministic, pristine, seed_global
 from robustbench_local.oracle import check_logits
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
@@ -40,14 +40,15 @@ def exact() -> Iterator[None]:
     """
     cudnn = torch.backends.cudnn
     precision = torch.get_float32_matmul_precision()
-    flags = (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+    allowed = cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
-    cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, True, False
+    cudnn.allow_tf32 = False
     try:
-        yield
+        with deterministic():
+            yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = flags
+        cudnn.allow_tf32 = allowed
 
 
 def judge(

@@ -5,6 +5,7 @@ from typing import ClassVar
 from torch import nn
 
 from robustbench_local.errors import UserError
+from robustbench_local.models.small_cnn import require_4x4
 from robustbench_local.types import Images, Logits
 
 
@@ -29,11 +30,7 @@ class PooledCNN(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, columns = input_shape
-        if min(height, columns) < 4:
-            raise UserError(
-                f"model PooledCNN needs images of at least 4x4 pixels and the data has "
-                f"{height}x{columns}; type model=mlp"
-            )
+        require_4x4("PooledCNN", height, columns)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise UserError(f"model.kernel_size={kernel_size}; expected an odd number of pixels")
         edge = kernel_size // 2

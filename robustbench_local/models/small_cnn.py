@@ -28,11 +28,7 @@ class SmallCNN(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, columns = input_shape
-        if min(height, columns) < 4:
-            raise UserError(
-                f"model SmallCNN needs images of at least 4x4 pixels and the data has "
-                f"{height}x{columns}; type model=mlp"
-            )
+        require_4x4("SmallCNN", height, columns)
         self.layers = nn.Sequential(
             nn.Conv2d(channels, width, 4, stride=2, padding=1),
             nn.ReLU(),
@@ -48,3 +44,12 @@ class SmallCNN(nn.Module):
         """Normalised images (N, C, H, W) to logits (N, K)."""
         logits: Logits = self.layers(x)
         return logits
+
+
+def require_4x4(name: str, height: int, columns: int) -> None:
+    """Raise `UserError` for images that nothing is left of when they are halved twice."""
+    if min(height, columns) < 4:
+        raise UserError(
+            f"model {name} needs images of at least 4x4 pixels and the data has "
+            f"{height}x{columns}; type model=mlp"
+        )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustbench_local.errors import UserError
-from robustbench_local.gradients import is_correct
+from robustbench_local.gradients import deterministic, is_correct
 from robustbench_local.randomness import derive_seed
 from robustbench_local.training.augmentation import augment
 from robustbench_local.training.course import Course, Training
@@ -57,7 +57,7 @@ def train(
     plan = schedule.plan(len(data.train))
     training = Training(model, schedule, device)
     course = state.load(training)
-    with _deterministic():
+    with deterministic():
         while course.epoch < plan.epochs:
             started = time.perf_counter()
             epoch = course.epoch
@@ -179,15 +179,3 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Run the body with cuDNN's deterministic kernels, then as before."""
-    cudnn = torch.backends.cudnn
-    flags = (cudnn.deterministic, cudnn.benchmark)
-    cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = flags
