@@ -8,16 +8,18 @@ from torch import Tensor
 
 from robustbench_local.attacks.base import Attack, require_count
 from robustbench_local.attacks.square_windows import (
+    propose_l1,
     propose_l2,
     propose_linf,
     side_length,
     stripes,
-    tiles,
+    tiles_l1,
+    tiles_l2,
 )
 from robustbench_local.attacks.target import Target, check_target
 from robustbench_local.errors import UserError
-from robustbench_local.gradients import Loss, attack_loss, is_randomized, resists
-from robustbench_local.oracle import ask
+from robustbench_local.gradients import Loss, attack_loss, resists
+from robustbench_local.oracle import ask, is_settled
 from robustbench_local.randomness import Draws, derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Model, Norm
@@ -25,7 +27,7 @@ from robustbench_local.types import Access, Images, Labels, Model, Norm
 
 @dataclass(frozen=True, kw_only=True)
 class Square(Attack):
-    """Square attack (Andriushchenko et al. 2020, arXiv:1912.00049) for linf and l2.
+    """Square attack (Andriushchenko et al. 2020, arXiv:1912.00049) for linf, l2 and l1.
 
     Random search: a change of one random window is kept where the margin falls. Each image has
     windows and signs of its own and leaves the batch when it is broken.
@@ -41,12 +43,13 @@ class Square(Attack):
     - `target`: the class to reach, see `attacks.target`; climbs cross-entropy as in the paper.
 
     Deviations from the paper: its share of 0.05 (linf) and 0.1 (l2) for ImageNet is 0.8 as in the
-    authors' AutoAttack; windows reach the last row and column too; a window that would change
-    nothing is pushed the other way; under l2 images need not be square.
+    authors' AutoAttack; l1 is that of Croce and Hein 2021 (arXiv:2103.01208); windows reach the
+    last row and column too; a window that would change nothing is pushed the other way; under l2
+    and l1 images need not be square.
     """
 
     needs: ClassVar[Access] = "scores"
-    norms: ClassVar[frozenset[Norm]] = frozenset({"linf", "l2"})
+    norms: ClassVar[frozenset[Norm]] = frozenset({"linf", "l2", "l1"})
     per_example_radius: ClassVar[bool] = True
 
     queries: int = 5000
@@ -90,8 +93,8 @@ class Square(Attack):
 
     def _walk(self, search: "_Search", rows: Tensor, draws: Draws, queries: int) -> None:
         """One random search of the examples `rows`."""
-        linf = search.threat.norm == "linf"
-        start, propose = (stripes, propose_linf) if linf else (tiles, propose_l2)
+        norm = search.threat.norm
+        start, propose = _MOVES[norm]
         x, radius = search.x[rows].contiguous(), search.threat[rows].radius(search.x)
         # One buffer that windows are written into, and taken back where they did not help.
         x_adv = start(x, radius, draws).contiguous()
@@ -106,7 +109,7 @@ class Square(Attack):
                 rows, x, x_adv = rows[going], x[going], x_adv[going]
                 loss, draws = loss[going], draws[going]
                 radius = search.threat[rows].radius(search.x)
-            side = side_length(self.initial_share, spent / queries, x, odd=not linf)
+            side = side_length(self.initial_share, spent / queries, x, odd=norm != "linf")
             edits = propose(x, x_adv, radius, side, draws)
             if not search.settled:
                 loss, _ = search.look(x_adv, rows)
@@ -118,6 +121,14 @@ class Square(Attack):
                 edit.write(x_adv, accepted)
             loss = torch.where(accepted, changed, loss)
         search.finish(rows, x_adv, loss, short)
+
+
+_MOVES = {
+    "linf": (stripes, propose_linf),
+    "l2": (tiles_l2, propose_l2),
+    "l1": (tiles_l1, propose_l1),
+}
+"""Where a search starts and what it tries, by norm."""
 
 
 class _Search:
@@ -135,7 +146,7 @@ class _Search:
     ) -> None:
         self.x, self.threat = x, threat
         self.found = x.clone()
-        self.settled = samples == 1 and not is_randomized(model)
+        self.settled = is_settled(model, samples)
         self._model, self._y, self._targeted, self._samples = model, y, targeted, samples
         self._loss = torch.full((len(x),), -torch.inf, device=x.device)
         self._broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
