@@ -40,14 +40,19 @@ def attack_loss(logits: Logits, y: Labels, loss: Loss, *, targeted: bool = False
     if loss == "margin":
         return others.amax(1) - true
     if loss == "dlr":
-        if logits.shape[1] < 3:
-            raise UserError(
-                f"loss=dlr needs at least 3 classes and the model has {logits.shape[1]}; "
-                "type attack.loss=margin"
-            )
+        require_classes(loss, logits.shape[1])
         ordered = logits.topk(3, dim=1).values
         return (others.amax(1) - true) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
     raise UserError(f"attack.loss={loss} is unknown; expected ce, margin or dlr")
+
+
+def require_classes(loss: Loss, classes: int) -> None:
+    """Raise `UserError` where a loss is not defined for so few classes."""
+    if loss == "dlr" and classes < 3:
+        raise UserError(
+            f"loss=dlr needs at least 3 classes and the model has {classes}; "
+            "type attack.loss=margin"
+        )
 
 
 def targeted_dlr(logits: Logits, y: Labels, wanted: Labels) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustbench_local.errors import UserError
+from robustbench_local.gradients import is_randomized
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Images, Logits, Model
 
@@ -21,13 +22,19 @@ class Oracle(nn.Module):
 
     Under `gradients` its output carries a graph; under `scores` it is cut off; under `labels` it
     is the one-hot vector of the predicted class. `forward_passes` and `backward_passes` count
-    images; `randomized` tells attacks that the victim was seen to draw random numbers. Raises
-    `QueryBudgetError` when the budget of the examples announced with `begin`, or the `allowance`,
-    is spent, and `UserError` where the victim returns a wrong shape or numbers that are not finite.
+    images; `randomized` tells attacks whether the victim was seen to draw random numbers, `None`
+    that nobody looked. Raises `QueryBudgetError` when the budget of the examples announced with
+    `begin`, or the `allowance`, is spent, and `UserError` where the victim returns a wrong shape or
+    numbers that are not finite.
     """
 
     def __init__(
-        self, victim: Model, threat: ThreatModel, num_classes: int, *, randomized: bool = False
+        self,
+        victim: Model,
+        threat: ThreatModel,
+        num_classes: int,
+        *,
+        randomized: bool | None = None,
     ) -> None:
         super().__init__()
         self.randomized = randomized
@@ -96,6 +103,16 @@ class Oracle(nn.Module):
 
     def _count_backward(self, gradient: Tensor) -> None:
         self.backward_passes += len(gradient)
+
+
+def is_settled(model: Model, samples: int) -> bool:
+    """Whether one look at the model proves what it answers.
+
+    Without an `Oracle` that was told, a model counts as random where it says so and where the user
+    wants `samples` looks averaged.
+    """
+    looked = isinstance(model, Oracle) and model.randomized is not None
+    return not is_randomized(model) and (samples == 1 or looked)
 
 
 def ask(model: Model, x: Images, owners: Tensor) -> Logits:

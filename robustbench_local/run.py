@@ -17,7 +17,7 @@ from robustbench_local.data import Dataset, load
 from robustbench_local.defenses import Defense
 from robustbench_local.display import Display
 from robustbench_local.errors import UserError
-from robustbench_local.evaluation import SAMPLE, Judging, audit, evaluate_curve, is_random
+from robustbench_local.evaluation import SAMPLE, Judging, audit, evaluate_curve, exact, is_random
 from robustbench_local.identity import file_sha256
 from robustbench_local.models import build_model, check_model, load_checkpoint, model_key
 from robustbench_local.oracle import Oracle
@@ -58,7 +58,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
     check_settings(settings)
     display = Display()
     device = choose_device(str(config.device))
-    points = [Point(build_threat(config, value), value) for value in epsilons(settings)]
+    points = [Point(build_threat(config, value)) for value in epsilons(settings)]
     attack: Attack = build(config.attack)
     for point in points:
         attack.require(point.threat)
@@ -71,6 +71,8 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
     check_writable(cache, "paths.cache")
 
     data = load(build(config.dataset), data_dir, cache, device)
+    for point in points:
+        attack.check(data, point.threat)
     run_ids = [run_identity(point.settings(settings), data, device) for point in points]
     known = {} if config.force else {name: store.find(name) for name in run_ids}
     records: dict[str, Record] = {name: record for name, record in known.items() if record}
@@ -80,15 +82,18 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
         trained = get_model(settings, data, defense, device, cache, display)
         victim = defense.apply(trained.model)
         sample = min(SAMPLE, config.batch_size)
-        flags = audit(victim, data, eot_samples=attack.draws_averaged, sample=sample)
-        # Seen, not only declared: a network of the user's own may be random without saying so.
-        randomized = defense.randomized(victim) or is_random(victim, data, sample=sample)
+        with exact():
+            flags = audit(victim, data, eot_samples=attack.draws_averaged, sample=sample)
+            # Seen, not only declared: a network of the user's own may be random without saying so.
+            randomized = defense.randomized(victim) or is_random(victim, data, sample=sample)
         draws = config.judge_draws if randomized else 1
         threats = [point.threat for point in missing.values()]
         oracle = Oracle(victim, threats[0], data.num_classes, randomized=randomized)
         if isinstance(attack, Transfer):
             attack = equip(attack, settings, data, trained, device, cache, display)
-        attack = attack.fit(oracle, data.validation, threats[-1])
+        with exact():
+            attack = attack.fit(oracle, data.validation, threats[-1])
+        preparation = {"forward": oracle.forward_passes, "backward": oracle.backward_passes}
         with display.evaluation(choices.chosen["attack"], len(data.test)) as progress:
             curve = evaluate_curve(
                 oracle,
@@ -109,7 +114,9 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
                 threat=point.threat,
                 trained=trained,
                 outcomes=outcomes,
-                report=attack.report(),
+                report=attack.report(point.threat),
+                preparation=preparation,
+                judge_draws=draws,
                 flags=flags,
                 device=device,
             )
@@ -124,17 +131,19 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
 
 @dataclass(frozen=True)
 class Point:
-    """One epsilon of a run: its threat model, and the radius as it was written."""
+    """One epsilon of a run."""
 
     threat: ThreatModel
-    epsilon: Any
 
     def settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The configuration of this epsilon alone, so that its record is that of a single run."""
-        return {**settings, "threat": {**settings["threat"], "epsilon": self.epsilon}}
+        """The configuration of this epsilon alone, so that its record is that of a single run.
+
+        However it was written: 8/255 and its value are the same run.
+        """
+        return {**settings, "threat": {**settings["threat"], "epsilon": self.threat.epsilon}}
 
 
-def epsilons(settings: Mapping[str, Any]) -> list[Any]:
+def epsilons(settings: Mapping[str, Any]) -> list[float]:
     """The radii of `threat.epsilon`, one or a list. Raises `UserError` for an empty list."""
     given = settings["threat"]["epsilon"]
     values = given if isinstance(given, list) else [given]
@@ -142,10 +151,10 @@ def epsilons(settings: Mapping[str, Any]) -> list[Any]:
         raise UserError(
             "threat.epsilon=[] holds no radius; type for example threat.epsilon=[0.1,0.2,0.3]"
         )
-    return sorted(dict.fromkeys(values), key=parse_epsilon)
+    return sorted(set(map(parse_epsilon, values)))
 
 
-def build_threat(config: DictConfig, epsilon: Any) -> ThreatModel:
+def build_threat(config: DictConfig, epsilon: float) -> ThreatModel:
     """The threat model at one radius."""
     threat: ThreatModel = build(OmegaConf.merge(config, {"threat": {"epsilon": epsilon}}).threat)
     return threat

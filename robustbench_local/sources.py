@@ -12,7 +12,7 @@ from torch import nn
 from robustbench_local.attacks.transfer import Source, split_source
 from robustbench_local.data import Dataset
 from robustbench_local.errors import UserError
-from robustbench_local.identity import file_sha256
+from robustbench_local.identity import file_sha256, find_object
 from robustbench_local.models import build_model, check_model, load_checkpoint
 from robustbench_local.training import Trained
 from robustbench_local.training.loop import seeded
@@ -102,6 +102,7 @@ def _from_cache(
             f"{data.name}: name weights trained for such data"
         )
     config = {key: value for key, value in parts["model"].items() if key != "code"}
+    _require_network(name, config)
     model = _build(config, data, device)
     try:
         model.load_state_dict(shelf.read())
@@ -112,6 +113,22 @@ def _from_cache(
             "them again"
         ) from None
     return Source(name, _checked(model, data, device), shelf.key, about["sha256"])
+
+
+def _require_network(name: str, config: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless only a network would be built: the file may be anyone's."""
+    try:
+        network = find_object(str(config["_target_"]))
+    except (ImportError, AttributeError, ValueError):
+        network = None
+    inner = [value for value in config.values() if isinstance(value, Mapping | list)]
+    nested = any("_target_" in json.dumps(value) for value in inner)
+    if not (isinstance(network, type) and issubclass(network, nn.Module)) or nested:
+        raise UserError(
+            f"attack.sources entry {name} names {config['_target_']}, which is no network; "
+            "expected a class of torch.nn.Module with plain settings: train the weights again, or "
+            "name others"
+        )
 
 
 def _from_file(

@@ -1,5 +1,6 @@
 """What the adversary may do. The only owner of epsilon."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Self, get_args
@@ -100,6 +101,16 @@ class ThreatModel:
     def __getitem__(self, rows: Tensor | slice) -> Self:
         """What holds for some examples of the batch; the same object where all share one radius."""
         return self if self.radii is None else replace(self, radii=self.radii[rows])
+
+    def check_fits(self, input_shape: Sequence[int]) -> None:
+        """Raise `UserError` where l0 allows more pixels than images of (C, H, W) have."""
+        height, width = input_shape[-2:]
+        if self.norm == "l0" and self.epsilon > height * width:
+            raise UserError(
+                f"threat.epsilon={self.epsilon:g} pixels may change under l0 and the images have "
+                f"{height * width} ({height}x{width}); expected 1 to {height * width}, type for "
+                "example threat.epsilon=1"
+            )
 
     def radius(self, x: Images, share: float = 1.0) -> Tensor:
         """This share of epsilon in the type of `x`, of shape (N, 1, 1, 1) or (1, 1, 1, 1)."""

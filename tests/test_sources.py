@@ -1,5 +1,6 @@
 """Where a transfer attack's models come from, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,19 @@ def test_weights_for_other_images_are_refused(
     (cache / "weights" / f"{victim.key}.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="are damaged"):
         found(f"cache:{victim.key}", digits, cache, victim)
+
+
+@pytest.mark.parametrize("target", ["builtins.print", "os.nothing", "no_such_module.Net"])
+def test_only_networks_are_built(
+    target: str, digits: Dataset, cache: Path, victim: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = cache / "weights" / f"{victim.key}.json"
+    told = json.loads(about.read_text())
+    told["parts"]["model"]["_target_"] = target
+    about.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=f"names {target}, which is no network"):
+        found(f"cache:{victim.key}", digits, cache, victim)
+    assert capsys.readouterr().out == ""
 
 
 def test_files_that_do_not_fit_are_refused(

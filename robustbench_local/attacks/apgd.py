@@ -17,10 +17,10 @@ from robustbench_local.gradients import (
     LossFunction,
     attack_loss,
     input_gradient,
-    is_randomized,
     resists,
     targeted_dlr,
 )
+from robustbench_local.oracle import is_settled
 from robustbench_local.randomness import Draws, derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Logits, Model, Norm
@@ -94,7 +94,7 @@ class APGD(Attack):
         """Every ascent, each on the survivors of the ones before."""
         y, _ = self.goal(model, x, y)
         restarts = self.restarts or (10 if threat.norm == "l1" else 1)
-        found = _Found(x, settled=self.eot_samples == 1 and not is_randomized(model))
+        found = _Found(x, settled=is_settled(model, self.eot_samples))
         for aim, wanted in enumerate(self._aims(model, x, y)):
             for restart in range(restarts):
                 rows = found.alive()

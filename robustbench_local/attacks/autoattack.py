@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
@@ -43,7 +43,6 @@ class AutoAttack(Attack):
     version: Version = "standard"
     steps: int = 100
     queries: int = 5000
-    _left_out: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("steps", "queries"):
@@ -55,8 +54,13 @@ class AutoAttack(Attack):
             )
 
     def require(self, threat: ThreatModel) -> None:
-        """Raise `UserError` also where the package is not installed."""
+        """Raise `UserError` also for a query budget and where the package is not installed."""
         super().require(threat)
+        if threat.query_budget is not None:
+            raise UserError(
+                f"threat.query_budget={threat.query_budget} is not kept by AutoAttack; type "
+                "threat.query_budget=null or attack=square"
+            )
         if find_spec("pyautoattack") is None:
             raise UserError(
                 "attack=autoattack needs the package pyautoattack, which is not installed; type "
@@ -68,9 +72,9 @@ class AutoAttack(Attack):
         """20 in the authors' version for randomised victims."""
         return 20 if self.version == "rand" else 1
 
-    def report(self) -> Mapping[str, Any]:
+    def report(self, threat: ThreatModel) -> Mapping[str, Any]:
         """`left_out`: the parts that have no loss for so few classes."""
-        return {"left_out": ", ".join(sorted(self._left_out))} if self._left_out else {}
+        return dict(self.notes)
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """All parts of the version, as the authors order and set them."""
@@ -107,11 +111,10 @@ class AutoAttack(Attack):
             targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
         least = {"apgd-dlr": 3, "apgd-t": 4}
         chosen = attack.attacks_to_run
-        self._left_out.update(
-            f"{name} (fewer than {least[name]} classes)"
-            for name in chosen
-            if classes < least.get(name, 0)
-        )
+        left_out = [name for name in chosen if classes < least.get(name, 0)]
+        if left_out:
+            told = [f"{name} (fewer than {least[name]} classes)" for name in left_out]
+            self.notes["left_out"] = ", ".join(told)
         attack.attacks_to_run = [name for name in chosen if classes >= least.get(name, 0)]
         return attack
 

@@ -2,17 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from robustbench_local.attacks.target import choose_targets
+from robustbench_local.attacks.target import check_class, choose_targets
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import pristine
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Model, Norm
 
 if TYPE_CHECKING:
-    from robustbench_local.data import Split
+    from robustbench_local.data import Dataset, Split
     from robustbench_local.oracle import Oracle
 
 
@@ -38,6 +38,13 @@ class Attack(ABC):
     foreign: ClassVar[bool] = False
 
     seed: int = 0
+    notes: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What `run` wants `report` to say. Whoever gives up a batch half-way puts it back."""
+
+    def check(self, data: "Dataset", threat: ThreatModel) -> None:
+        """Raise `UserError` for what cannot work on the data, before a model is trained for it."""
+        threat.check_fits(data.input_shape)
+        check_class(getattr(self, "target", None), data.num_classes)
 
     def fit(self, oracle: "Oracle", data: "Split", threat: ThreatModel) -> Self:
         """Prepare on the attacker's own data, none of it evaluated; substitute attacks train here.
@@ -51,8 +58,8 @@ class Attack(ABC):
         """Forward passes averaged for each look at the victim: 1 proves nothing of a random one."""
         return int(getattr(self, "eot_samples", 1))
 
-    def report(self) -> Mapping[str, Any]:
-        """What the record should say about the attack beside accuracies, as JSON holds it."""
+    def report(self, threat: ThreatModel) -> Mapping[str, Any]:
+        """What the record of that threat model says beside accuracies, as JSON holds it."""
         return {}
 
     def goal(self, model: Model, x: Images, y: Labels) -> tuple[Labels, bool]:
@@ -70,6 +77,7 @@ class Attack(ABC):
         also after an exception. Raises `UserError` for a norm or an access it cannot serve.
         """
         self.require(threat)
+        threat.check_fits(x.shape[1:])
         x = x.detach()
         if threat.epsilon == 0 or len(x) == 0:
             return x.clone()

@@ -1,23 +1,24 @@
 """Several attacks one after the other, each on the survivors of the ones before."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import Tensor
 
 from robustbench_local.attacks.base import Attack, require_count
+from robustbench_local.attacks.transfer import Transfer
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import is_correct, is_randomized, seed_global
-from robustbench_local.oracle import Oracle
+from robustbench_local.oracle import Oracle, is_settled
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Model
 
 if TYPE_CHECKING:
-    from robustbench_local.data import Split
+    from robustbench_local.data import Dataset, Split
 
 DRAWS = 10
 """Looks at an image of a randomised victim, where `eot_samples` are fewer."""
@@ -29,90 +30,78 @@ class Cascade(Attack):
 
     - `parts`: the attacks by name, in order. Each starts from the clean images that the ones before
       left unbroken. After each the victim is asked again which images are broken.
-    - `optional`: the parts that sit out where they do not serve the norm; all the others must serve
-      it. Which ones sat out is in the report.
-    - `eot_samples`: forward passes in each such question. An image of a randomised victim counts as
-      broken where most of them (of 10 at least) are wrong, and what is wrong most often is kept.
+    - `eot_samples`: forward passes in each such question, of a randomised victim 10 at least: its
+      images go through every part until all of them are wrong, what is wrong most often is kept,
+      and broken in the report is what most of them get wrong.
 
     The parts want any wrong class and share no query budget, so a threat model with one is refused.
     """
 
     parts: Mapping[str, Attack]
-    optional: Sequence[str] = ()
     eot_samples: int = 1
-    _tally: "dict[float, dict[str, _Line]]" = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    _skipped: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_count("eot_samples", self.eot_samples)
         # Plain ones: a configuration brings its own kinds of mapping and list.
         parts = {str(name): part for name, part in self.parts.items()}
         object.__setattr__(self, "parts", parts)
-        object.__setattr__(self, "optional", tuple(map(str, self.optional)))
         for name, part in parts.items():
             if not isinstance(part, Attack):
                 raise UserError(
                     f"attack.parts.{name} is {type(part).__name__}; expected an attack: type "
                     f"attack.parts.{name}._target_=robustbench_local.attacks.PGD"
                 )
+            if isinstance(part, Transfer):
+                raise UserError(
+                    f"attack.parts.{name} is a transfer attack, whose models only a run of its own "
+                    "loads; type attack=transfer in another run"
+                )
             if getattr(part, "target", None) is not None:
                 raise UserError(
                     f"attack.parts.{name}.target={part.target}; the parts of a cascade want any "  # type: ignore[attr-defined]
                     f"wrong class: type attack.parts.{name}.target=null"
                 )
-        unknown = sorted(set(self.optional) - set(parts))
-        if unknown:
+        if not parts:
             raise UserError(
-                f"attack.optional={unknown[0]} is no part; expected some of {', '.join(parts)}"
-            )
-        required = [part for name, part in parts.items() if name not in self.optional]
-        if not required:
-            raise UserError(
-                "attack.parts has no part that is not optional; expected one at least: add one "
-                "or shorten attack.optional"
+                "attack.parts is empty; expected one attack at least: type for example "
+                "+attack.parts.pgd._target_=robustbench_local.attacks.PGD"
             )
         # What holds for every cascade of a kind elsewhere is here a matter of its parts.
-        norms = frozenset.intersection(*(part.norms for part in required))
+        norms = frozenset.intersection(*(part.norms for part in parts.values()))
         greatest = min((part.needs for part in parts.values()), key=get_args(Access).index)
         object.__setattr__(self, "norms", norms)
         object.__setattr__(self, "needs", greatest)
 
+    def check(self, data: "Dataset", threat: ThreatModel) -> None:
+        """Every part has to work on the data."""
+        for part in self.parts.values():
+            part.check(data, threat)
+
     def fit(self, oracle: Oracle, data: "Split", threat: ThreatModel) -> Self:
-        """Prepare every part that takes part."""
-        taking = self._taking(threat)
-        fitted = {
-            name: part.fit(oracle, data, threat) if name in taking else part
-            for name, part in self.parts.items()
-        }
+        """Prepare every part."""
+        fitted = {name: part.fit(oracle, data, threat) for name, part in self.parts.items()}
         return replace(self, parts=fitted)
 
     def require(self, threat: ThreatModel) -> None:
-        """Raise `UserError` where a part that is not optional does not fit the threat model."""
+        """Raise `UserError` where a part does not fit the threat model."""
         super().require(threat)
         if threat.query_budget is not None:
             raise UserError(
                 f"threat.query_budget={threat.query_budget} cannot be shared out among the parts "
                 "of a cascade; type threat.query_budget=null or choose one of its parts as attack"
             )
-        for part in self._taking(threat).values():
+        for part in self.parts.values():
             part.require(threat)
-
-    def _taking(self, threat: ThreatModel) -> dict[str, Attack]:
-        """The parts that serve the norm; the others are known to be optional."""
-        return {name: part for name, part in self.parts.items() if threat.norm in part.norms}
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Every part on what is left, and a look at what it made of it."""
-        random = self.eot_samples > 1 or is_randomized(model)
+        random = not is_settled(model, self.eot_samples)
         draws = max(self.eot_samples, DRAWS) if is_randomized(model) else self.eot_samples
         best = x.clone()
         worst = torch.full((len(x),), -1.0, device=x.device)  # the highest share of wrong draws
-        taking = self._taking(threat)
-        tally = {name: _Line() for name in taking}
-        for place, (name, part) in enumerate(taking.items()):
-            rows = (worst <= 0.5).nonzero().squeeze(1)
+        tally = {name: _Line() for name in self.parts}
+        for place, (name, part) in enumerate(self.parts.items()):
+            rows = (worst < 1).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
             counter = _Counter(model, x)
@@ -121,16 +110,14 @@ class Cascade(Attack):
                 # The part began with the draws that would come now.
                 seed_global(derive_seed(self.seed, "cascade", place))
             wrong = _share_wrong(model, x_adv, y[rows], draws)
+            broken = int(((wrong > 0.5) & (worst[rows] <= 0.5)).sum())
             better = (wrong > worst[rows]).nonzero().squeeze(1)
             best[rows[better]] = x_adv[better]
             worst[rows[better]] = wrong[better]
-            tally[name] = counter.line(attacked=len(rows), broken=int((wrong > 0.5).sum()))
-        # Only now: a batch that ran out of memory is attacked again from the start.
+            tally[name] = counter.line(attacked=len(rows), broken=broken)
+        lines = self.notes.setdefault(_place(threat), {})
         for name, line in tally.items():
-            lines = self._tally.setdefault(threat.epsilon, {})
             lines[name] = lines.get(name, _Line()) + line
-        for name in self.parts.keys() - taking.keys():
-            self._skipped[name] = f"{name} does not serve {threat.norm}"
         return best
 
     @property
@@ -138,21 +125,13 @@ class Cascade(Attack):
         """Those of the part that takes fewest: `eot_samples` is about the looks after each."""
         return min(part.draws_averaged for part in self.parts.values())
 
-    def report(self) -> Mapping[str, Any]:
-        """`parts`, for each: images attacked and broken, passes, seconds; and `skipped` ones.
+    def report(self, threat: ThreatModel) -> Mapping[str, Any]:
+        """`parts`, for each: images attacked and broken, passes, seconds.
 
-        Passes are 0 where the model does not count them. Of several radii each has its lines.
+        Passes are 0 where the model does not count them.
         """
-        several = len(self._tally) > 1
-        lines = [
-            {"name": f"{name}, epsilon {epsilon:g}" if several else name, **vars(line)}
-            for epsilon, tally in sorted(self._tally.items())
-            for name, line in tally.items()
-        ]
-        report: dict[str, Any] = {"parts": lines}
-        if self._skipped:
-            report["skipped"] = ", ".join(sorted(self._skipped.values()))
-        return report
+        lines = self.notes.get(_place(threat), {})
+        return {"parts": [{"name": name, **vars(line)} for name, line in lines.items()]}
 
 
 @dataclass(frozen=True)
@@ -192,6 +171,11 @@ class _Counter:
         if isinstance(self._model, Oracle):
             counts = self._model.forward_passes, self._model.backward_passes
         return *counts, time.perf_counter()
+
+
+def _place(threat: ThreatModel) -> str:
+    """Where the notes about one threat model are kept."""
+    return f"{threat.norm} {threat.epsilon!r}"
 
 
 def _share_wrong(model: Model, x: Images, y: Labels, draws: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Projected gradient descent, and FGSM as its one-step special case."""
 
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -9,10 +9,20 @@ from torch import Tensor
 from robustbench_local.attacks.base import Attack, require_count
 from robustbench_local.attacks.target import Target, check_target
 from robustbench_local.errors import UserError
-from robustbench_local.gradients import Loss, attack_loss, input_gradient, is_randomized, resists
+from robustbench_local.gradients import (
+    Loss,
+    attack_loss,
+    input_gradient,
+    require_classes,
+    resists,
+)
+from robustbench_local.oracle import is_settled
 from robustbench_local.randomness import Draws, derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Model, Norm
+
+if TYPE_CHECKING:
+    from robustbench_local.data import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +35,8 @@ class PGD(Attack):
     - `restarts`: only examples that survived are attacked again, each time from a fresh start.
     - `loss`: see `attack_loss`. `eot_samples`: forward passes averaged at each step.
     - `early_stop`: an example that is misclassified leaves the batch at once. Only for
-      deterministic victims; it is off by itself where the victim declares randomness or
-      `eot_samples` is above 1.
+      deterministic victims; it is off by itself where the victim draws random numbers or
+      `eot_samples` above 1 say so.
     - `best_iterate`: return the iterate of highest loss, not the last one. Off by itself for
       randomised victims too: the highest of many noisy losses is a lucky draw, not a good point.
     - `target`: the class to reach (Kurakin et al. 2017, arXiv:1607.02533), see `attacks.target`.
@@ -72,10 +82,15 @@ class PGD(Attack):
                 "start; type attack.random_start=true or attack.restarts=1"
             )
 
+    def check(self, data: "Dataset", threat: ThreatModel) -> None:
+        """Raise `UserError` also for a loss that so few classes do not have."""
+        super().check(data, threat)
+        require_classes(self.loss, data.num_classes)
+
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """All restarts, each on the survivors of the ones before."""
         y, _ = self.goal(model, x, y)
-        settled = self.eot_samples == 1 and not is_randomized(model)
+        settled = is_settled(model, self.eot_samples)
         search = _Search(x, settled=settled, stop=self.early_stop, keep=self.best_iterate)
         for restart in range(self.restarts):
             alive = search.alive()

@@ -8,7 +8,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from robustbench_local.oracle import Oracle
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Model, Norm
+
+if TYPE_CHECKING:
+    from robustbench_local.data import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ class LibraryAttack(Attack):
             )
         return how
 
-    def report(self) -> Mapping[str, Any]:
+    def report(self, threat: ThreatModel) -> Mapping[str, Any]:
         """Whose attack it was, and which of its defaults were replaced."""
         version = importlib.metadata.version(self.package)
         replaced = {key: v for key, v in self.how.paper.items() if key not in self.kwargs}
@@ -149,7 +152,7 @@ class LibraryAttack(Attack):
     def _search(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         x = x.contiguous()
         wanted, targeted = self.goal(model, x, y)
-        classes = self._check_model(model, x)
+        classes = self._classes(model, x)
         rows = torch.arange(len(x), device=x.device)
         alone = self.how.one_by_one or threat.query_budget is not None
         left = None if threat.query_budget is None else threat.query_budget - int(targeted)
@@ -211,7 +214,7 @@ class LibraryAttack(Attack):
             raise victim.error
         seen: Images | None = victim.smallest
         if result is None:
-            return x if seen is None else seen
+            return x if seen is None or self._too_far(seen, x, threat) else seen
         # What it found itself may be better than what it asked about, although it was not checked.
         if not isinstance(result, Tensor):
             result = torch.from_numpy(np.asarray(result))
@@ -223,25 +226,37 @@ class LibraryAttack(Attack):
             return images
         return seen if self.how.radius is None else images
 
-    def _check_model(self, model: Model, x: Images) -> int:
+    def _too_far(self, x_adv: Images, x: Images, threat: ThreatModel) -> bool:
+        """Whether one image is no answer: of attacks without a radius every one is."""
+        return self.how.radius is not None and bool(threat.size(x_adv, x) > threat.epsilon)
+
+    def check(self, data: "Dataset", threat: ThreatModel) -> None:
+        """Raise `UserError` also for a number of classes or channels that the attack cannot do."""
+        super().check(data, threat)
+        self._check(data.num_classes, data.input_shape[0])
+
+    def _classes(self, model: Model, x: Images) -> int:
         """The number of classes. Raises `UserError` where the attack cannot work on it."""
-        how = self.how
         if isinstance(model, Oracle):
             classes = model.num_classes
         else:
             with torch.no_grad():
                 classes = int(model(x[:1]).shape[1])
+        self._check(classes, x.shape[1])
+        return classes
+
+    def _check(self, classes: int, channels: int) -> None:
+        how = self.how
         if classes < how.classes:
             raise UserError(
                 f"{self.name} of {self.library} needs at least {how.classes} classes and the model "
                 f"has {classes}; choose another attack"
             )
-        if how.channels is not None and x.shape[1] != how.channels:
+        if how.channels is not None and channels != how.channels:
             raise UserError(
                 f"{self.name} of {self.library} works on images of {how.channels} channels and "
-                f"these have {x.shape[1]}; choose another attack"
+                f"these have {channels}; choose another attack"
             )
-        return classes
 
     @abstractmethod
     def parameters(self) -> Mapping[str, inspect.Parameter]:

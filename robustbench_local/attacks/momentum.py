@@ -1,7 +1,7 @@
 """Gradient steps with momentum, made to carry over from one model to another."""
 
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,13 @@ from torch.nn import functional
 from robustbench_local.attacks.base import Attack, require_count
 from robustbench_local.attacks.target import Target, check_target
 from robustbench_local.errors import UserError
-from robustbench_local.gradients import Loss, input_gradient
+from robustbench_local.gradients import Loss, input_gradient, require_classes
 from robustbench_local.randomness import Draws, derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Logits, Model, Norm
+
+if TYPE_CHECKING:
+    from robustbench_local.data import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,11 @@ class Momentum(Attack):
                 f"attack.samples={self.samples} would average equal gradients without noise; type "
                 "attack.noise=0.1 or attack.samples=1"
             )
+
+    def check(self, data: "Dataset", threat: ThreatModel) -> None:
+        """Raise `UserError` also for a loss that so few classes do not have."""
+        super().check(data, threat)
+        require_classes(self.loss, data.num_classes)
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """All steps, from the image itself."""

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from robustbench_local.attacks.base import Attack, require_count
-from robustbench_local.attacks.pixels import Memory, Scorer, paint, representatives, whole_pixels
+from robustbench_local.attacks.pixels import Memory, Scorer, paint, representatives
 from robustbench_local.attacks.target import Target, check_target
 from robustbench_local.errors import UserError
-from robustbench_local.gradients import is_randomized
+from robustbench_local.oracle import is_settled
 from robustbench_local.randomness import Draws, derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Model, Norm
@@ -27,8 +27,7 @@ class OnePixel(Attack):
     forward passes at most, times `eot_samples`; choosing a `target` may take one more.
 
     Several pixels are more numbers than 100 generations settle: `attack=few_pixel` spends the same
-    queries on a quarter of the population and four times the generations, which breaks more (20 of
-    40 digits instead of 9 at five pixels).
+    queries on a quarter of the population and four times the generations.
 
     - `candidates`: images in one forward pass at most, of all examples together, or `None` for a
       number that suits the device. It bounds memory (beside it about 60 kB for each example) and
@@ -79,9 +78,9 @@ class OnePixel(Attack):
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """All examples generation by generation; those whose goal is reached leave."""
-        pixels = whole_pixels(threat, x)
+        pixels = int(threat.epsilon)
         y, targeted = self.goal(model, x, y)
-        settled = self.eot_samples == 1 and not is_randomized(model)
+        settled = is_settled(model, self.eot_samples)
         scorer = Scorer(
             model, x, y,
             targeted=targeted, at_once=self.candidates, samples=self.eot_samples,

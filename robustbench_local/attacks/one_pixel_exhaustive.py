@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from robustbench_local.attacks.base import Attack, require_count
-from robustbench_local.attacks.pixels import Scorer, paint, whole_pixels
+from robustbench_local.attacks.pixels import Scorer, paint
 from robustbench_local.attacks.target import Target, check_target
 from robustbench_local.errors import UserError
 from robustbench_local.threat import ThreatModel
@@ -55,7 +55,6 @@ class OnePixelExhaustive(Attack):
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """The grid block by block, each block for all examples."""
-        whole_pixels(threat, x)
         y, targeted = self.goal(model, x, y)
         scorer = Scorer(
             model, x, y,

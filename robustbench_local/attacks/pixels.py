@@ -5,23 +5,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustbench_local.errors import UserError
 from robustbench_local.gradients import attack_loss, resists
 from robustbench_local.oracle import ask
-from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Images, Labels, Model
-
-
-def whole_pixels(threat: ThreatModel, x: Images) -> int:
-    """The number of pixels that may change; `UserError` where the images have fewer."""
-    pixels, places = int(threat.epsilon), x.shape[2] * x.shape[3]
-    if pixels > places:
-        raise UserError(
-            f"threat.epsilon={pixels} pixels may change under l0 and the images have {places} "
-            f"({x.shape[2]}x{x.shape[3]}); expected 1 to {places}, type for example "
-            "threat.epsilon=1"
-        )
-    return pixels
 
 
 def paint(x: Images, rows: Tensor, places: Tensor, colours: Tensor) -> Images:

@@ -9,8 +9,8 @@ from torch import Tensor
 from robustbench_local import spatial
 from robustbench_local.attacks.base import Attack, require_count
 from robustbench_local.attacks.target import Target, check_target
-from robustbench_local.gradients import is_randomized, resists
-from robustbench_local.oracle import ask
+from robustbench_local.gradients import resists
+from robustbench_local.oracle import ask, is_settled
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Model, Norm
 
@@ -53,7 +53,7 @@ class Spatial(Attack):
         if threat.query_budget is not None:
             left = threat.query_budget - (1 if targeted else 0)  # choosing targets asks once
             transforms = transforms[: left // self.eot_samples]
-        settled = self.eot_samples == 1 and not is_randomized(model)
+        settled = is_settled(model, self.eot_samples)
         limits = threat.radius(x.double()).flatten().expand(len(x)) + 1e-9
         best, wins = x.clone(), torch.full((len(x),), -1.0, device=x.device)
         alive = torch.arange(len(x), device=x.device)

@@ -20,6 +20,7 @@ from robustbench_local.attacks.imitation import (
     train,
 )
 from robustbench_local.attacks.momentum import Momentum
+from robustbench_local.attacks.transfer import Transfer
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import pristine, seed_global
 from robustbench_local.models import Normalized, PooledCNN, SmallCNN, pixel_statistics
@@ -28,7 +29,7 @@ from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Model, Norm
 
 if TYPE_CHECKING:
-    from robustbench_local.data import Split
+    from robustbench_local.data import Dataset, Split
     from robustbench_local.oracle import Oracle
 
 MEASURED = 1000
@@ -132,6 +133,12 @@ class Substitute(Attack):
                 f"attack.inner is a {type(self.inner).__name__}; expected an attack with _target_, "
                 "for example attack.inner._target_=robustbench_local.attacks.Momentum"
             )
+        if isinstance(self.inner, Transfer | Substitute):
+            raise UserError(
+                f"attack.inner is a {type(self.inner).__name__}, which attacks other models than "
+                "the substitute; expected for example "
+                "attack.inner._target_=robustbench_local.attacks.Momentum"
+            )
         if getattr(self.inner, "target", None) is not None:
             raise UserError("attack.inner.target is not served by attack Substitute; type null")
 
@@ -139,6 +146,12 @@ class Substitute(Attack):
         """As for every attack; the inner one has to fit too, with all access to the substitute."""
         super().require(threat)
         self.inner.require(_against_substitute(threat))
+
+    def check(self, data: "Dataset", threat: ThreatModel) -> None:
+        """Raise `UserError` also where there are too few seeds for the classes, or images."""
+        super().check(data, threat)
+        self._check_seeds(data.num_classes, len(data.validation))
+        self.inner.check(data, threat)
 
     def fit(self, oracle: "Oracle", data: "Split", threat: ThreatModel) -> Self:
         """Train the substitute, on no more than `query_budget` labels from the oracle.
@@ -245,7 +258,7 @@ class Substitute(Attack):
             )
         return self.inner(self.fitted.model, x, y, _against_substitute(threat))
 
-    def report(self) -> Mapping[str, Any]:
+    def report(self, threat: ThreatModel) -> Mapping[str, Any]:
         """The labels asked for, and what the harness measured on held-out images.
 
         `substitute_accuracy` by true labels; `agreement_with_victim`; `transfer_rate`: of the

@@ -24,6 +24,14 @@ def check_target(target: Target) -> None:
         )
 
 
+def check_class(target: Target, classes: int) -> None:
+    """Raise `UserError` for a class the model does not have."""
+    if isinstance(target, int) and target >= classes:
+        raise UserError(
+            f"attack.target={target} is out of range; expected a class from 0 to {classes - 1}"
+        )
+
+
 def choose_targets(target: Target, model: Model, x: Images, y: Labels, *, seed: int = 0) -> Labels:
     """The class wanted of every example, shape (N,), int64.
 
@@ -45,9 +53,6 @@ def choose_targets(target: Target, model: Model, x: Images, y: Labels, *, seed: 
     elif target == "least_likely":
         wanted = logits.scatter(1, y[:, None], torch.inf).argmin(1)
     elif isinstance(target, int):
-        if target >= classes:
-            raise UserError(
-                f"attack.target={target} is out of range; expected a class from 0 to {classes - 1}"
-            )
+        check_class(target, classes)
         wanted.fill_(target)
     return wanted

@@ -82,7 +82,7 @@ class Transfer(Momentum):
         with pristine(ensemble, seed=self.seed):
             return super().run(ensemble, x, y, threat)
 
-    def report(self) -> Mapping[str, Any]:
+    def report(self, threat: ThreatModel) -> Mapping[str, Any]:
         """Which weights the images were made on."""
         names = ("name", "key", "sha256")
         return {"sources": [{n: getattr(source, n) for n in names} for source in self.loaded]}

@@ -8,7 +8,7 @@ from robustbench_local.evaluation.evaluate import (
     evaluate,
     evaluate_curve,
 )
-from robustbench_local.evaluation.judge import Verdict, judge
+from robustbench_local.evaluation.judge import Verdict, exact, judge
 
 __all__ = [
     "SAMPLE",
@@ -20,6 +20,7 @@ __all__ = [
     "audit",
     "evaluate",
     "evaluate_curve",
+    "exact",
     "is_random",
     "judge",
 ]

@@ -1,7 +1,9 @@
 """Attack a victim on a whole test set, batch by batch, and let the judge decide."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -42,10 +44,13 @@ class PerExample:
 class Outcomes:
     """The outcome of every example and what the evaluation cost.
 
-    Of several radii attacked at once the costs are means over them.
+    Of several radii in one batch the costs are means over those above 0, and of an attack that
+    answers all of them with one search each has the costs of that search: `radii_at_once` says how
+    many met at once.
     """
 
     examples: PerExample
+    radii_at_once: int
     forward_passes: float  # per attacked image, by the attack
     backward_passes: float
     attack_seconds: float
@@ -109,31 +114,33 @@ def evaluate_curve(
     for the smallest perturbation runs once at the largest; any other runs once for each.
 
     Where the device runs out of memory the batch is halved and the work goes on, which `say` is
-    told; the attack's draws belong to the example, so the numbers of a deterministic victim do not
-    depend on it. `progress` is called with the number of images done since its last call and the
-    robust accuracy so far, at the largest epsilon. Raises `BudgetError`, naming the image, where
-    the attack leaves its threat model: neither a crash nor a foul of an attack ever counts as
-    robustness.
+    told. The draws of our own attacks belong to the example, so their numbers on a deterministic
+    victim do not depend on it; those of `foreign` ones belong to the batch.
+
+    `progress` is called with the number of images done since its last call and the robust accuracy
+    so far, at the largest epsilon. Raises `BudgetError`, naming the image, where the attack leaves
+    its threat model: neither a crash nor a foul of an attack ever counts as robustness.
     """
     judging = judging or Judging()
     threats = [replace(oracle.threat, epsilon=epsilon) for epsilon in epsilons]
     hardest = max(range(len(threats)), key=lambda place: threats[place].epsilon)
+    together = sum(epsilon > 0 for epsilon in epsilons) if attack.per_example_radius else 0
+    images_of = 1 if attack.minimum_norm else max(1, together)  # in the batch, for each image
     parts: list[list[PerExample]] = []
-    clock = {"attack": 0.0, "judge": 0.0}
-    before = oracle.forward_passes, oracle.backward_passes
+    costs = [_Cost() for _ in threats]
     start, robust = 0, 0.0
     while start < len(split):
-        many = attack.per_example_radius and not attack.minimum_norm
-        at_once = batch_size // len(threats) if many else batch_size
-        rows = torch.arange(start, min(start + max(1, at_once), len(split)))
-        spent = oracle.forward_passes, oracle.backward_passes
+        rows = torch.arange(start, min(start + max(1, batch_size // images_of), len(split)))
+        notes, batch_costs = deepcopy(attack.notes), [_Cost() for _ in threats]
         try:
-            part = _attack_batch(oracle, attack, threats, split, rows, judging, clock)
-        except torch.OutOfMemoryError:
-            oracle.forward_passes, oracle.backward_passes = spent
-            batch_size = _halve(batch_size, say)
+            part = _attack_batch(oracle, attack, threats, split, rows, judging, batch_costs)
+        except torch.OutOfMemoryError:  # this batch is attacked again from the start
+            attack.notes.clear()
+            attack.notes.update(notes)
+            batch_size = _halve(batch_size, images_of, say)
             continue
         parts.append(part)
+        costs = [cost + more for cost, more in zip(costs, batch_costs, strict=True)]
         start += len(rows)
         robust += float(part[hardest].robust_correct.sum())
         progress(len(rows), robust / start)
@@ -144,17 +151,17 @@ def evaluate_curve(
         )
         for point in zip(*parts, strict=True)
     ]
-    attacked = max(1, sum(int(point.attacked.sum()) for point in curve))
     return [
         Outcomes(
             point,
-            forward_passes=(oracle.forward_passes - before[0]) / attacked,
-            backward_passes=(oracle.backward_passes - before[1]) / attacked,
-            attack_seconds=clock["attack"] / len(curve),
-            judge_seconds=clock["judge"] / len(curve),
+            radii_at_once=len(threats) if attack.minimum_norm else max(1, together),
+            forward_passes=cost.forward / max(1, int(point.attacked.sum())),
+            backward_passes=cost.backward / max(1, int(point.attacked.sum())),
+            attack_seconds=cost.attack_seconds,
+            judge_seconds=cost.judge_seconds,
             batch_size=batch_size,
         )
-        for point in curve
+        for point, cost in zip(curve, costs, strict=True)
     ]
 
 
@@ -165,30 +172,28 @@ def _attack_batch(
     split: Split,
     rows: torch.Tensor,
     judging: Judging,
-    clock: dict[str, float],
+    costs: Sequence["_Cost"],
 ) -> list[PerExample]:
-    """Judge, attack what is correct, judge again; one result for each threat model."""
+    """Judge, attack what is correct, judge again; one result and cost for each threat model."""
     on_device = rows.to(split.labels.device)
     x, y = split.pixels(on_device), split.labels[on_device]
     began = _now(x)
     clean = _verdict(oracle, threats[0], x, x, y, judging, "clean", rows)
     attacked = clean.correct.any(1)
     wanted, targeted = attack.goal(oracle.victim, x, y)
-    clock["judge"] += _now(x) - began
+    looking = _now(x) - began
 
     chosen = attacked.to(x.device)
     found = [x[chosen]] * len(threats)
     if attacked.any():  # not every model takes an empty batch
         if judging.reseed is not None:
             judging.reseed(derive_seed(judging.seed, "attack", int(rows[0])))
-        began = _now(x)
         with exact():
-            found = _find(oracle, attack, threats, x[chosen], y[chosen])
-        clock["attack"] += _now(x) - began
+            found = _find(oracle, attack, threats, x[chosen], y[chosen], costs)
 
-    began = _now(x)
     results = []
-    for threat, x_adv in zip(threats, found, strict=True):
+    for threat, x_adv, cost in zip(threats, found, costs, strict=True):
+        began = _now(x)
         correct, prediction = clean.correct.clone(), clean.prediction.clone()
         size = clean.size.clone()
         if attacked.any():
@@ -212,50 +217,90 @@ def _attack_batch(
             size=size.numpy(),
             target=(wanted if targeted else torch.full_like(wanted, -1)).cpu().numpy(),
         )
+        cost.judge_seconds += _now(x) - began + looking / len(threats)
         results.append(result)
-    clock["judge"] += _now(x) - began
     return results
 
 
 def _find(
-    oracle: Oracle, attack: Attack, threats: Sequence[ThreatModel], x: Images, y: Labels
+    oracle: Oracle,
+    attack: Attack,
+    threats: Sequence[ThreatModel],
+    x: Images,
+    y: Labels,
+    costs: Sequence["_Cost"],
 ) -> list[Images]:
-    """What the attack makes of the images under each threat model."""
+    """What the attack makes of the images under each threat model, and what each has cost."""
     if len(threats) > 1 and attack.minimum_norm:
         oracle.begin(len(x))
         largest = max(threats, key=lambda threat: threat.epsilon)
-        nearest = attack(oracle, x, y, largest)
+        with _counted(oracle, x, costs, shares=1):
+            nearest = attack(oracle, x, y, largest)
         sizes = largest.size(nearest, x)
         inside = [(sizes <= threat.epsilon).view(-1, 1, 1, 1) for threat in threats]
         return [torch.where(mask, nearest, x) for mask in inside]
     if len(threats) > 1 and attack.per_example_radius:
-        return _find_at_once(oracle, attack, threats, x, y)
+        return _find_at_once(oracle, attack, threats, x, y, costs)
     found = []
-    for threat in threats:
+    for threat, cost in zip(threats, costs, strict=True):
         oracle.begin(len(x))
-        found.append(attack(oracle, x, y, threat))
+        with _counted(oracle, x, [cost], shares=1):
+            found.append(attack(oracle, x, y, threat))
     return found
 
 
 def _find_at_once(
-    oracle: Oracle, attack: Attack, threats: Sequence[ThreatModel], x: Images, y: Labels
+    oracle: Oracle,
+    attack: Attack,
+    threats: Sequence[ThreatModel],
+    x: Images,
+    y: Labels,
+    costs: Sequence["_Cost"],
 ) -> list[Images]:
     """All radii above 0 in one batch, each image once for each of them."""
-    radii = torch.tensor([threat.epsilon for threat in threats], dtype=torch.float64)
-    some = radii[radii > 0]
-    found = [x.clone()] * len(threats)
-    if len(some):
-        each = some.repeat_interleave(len(x)).to(x.device)
+    found = [x.clone() for _ in threats]
+    some = [place for place, threat in enumerate(threats) if threat.epsilon > 0]
+    if some:
+        radii = torch.tensor([threats[place].epsilon for place in some], dtype=torch.float64)
+        each = radii.repeat_interleave(len(x)).to(x.device)
         oracle.begin(len(each))
-        many = attack(
-            oracle,
-            x.repeat(len(some), 1, 1, 1),
-            y.repeat(len(some)),
-            oracle.threat.per_example(each),
-        )
-        parts = iter(many.view(len(some), *x.shape))
-        found = [next(parts) if radius > 0 else x.clone() for radius in radii.tolist()]
+        with _counted(oracle, x, [costs[place] for place in some], shares=len(some)):
+            many = attack(
+                oracle,
+                x.repeat(len(some), 1, 1, 1),
+                y.repeat(len(some)),
+                oracle.threat.per_example(each),
+            )
+        for place, part in zip(some, many.view(len(some), *x.shape), strict=True):
+            found[place] = part
     return found
+
+
+@dataclass
+class _Cost:
+    """What one radius has cost so far, over all its images."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    attack_seconds: float = 0.0
+    judge_seconds: float = 0.0
+
+    def __add__(self, other: "_Cost") -> "_Cost":
+        return _Cost(
+            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(_Cost)),
+        )
+
+
+@contextmanager
+def _counted(oracle: Oracle, x: Images, costs: Sequence[_Cost], *, shares: int) -> Iterator[None]:
+    """Add what the body asks of the oracle, and its time, to each cost: one of `shares`."""
+    forward, backward, began = oracle.forward_passes, oracle.backward_passes, _now(x)
+    yield
+    seconds = _now(x) - began
+    for cost in costs:
+        cost.forward += (oracle.forward_passes - forward) / shares
+        cost.backward += (oracle.backward_passes - backward) / shares
+        cost.attack_seconds += seconds / shares
 
 
 def _verdict(
@@ -289,16 +334,19 @@ def _renumbered(error: BudgetError, indices: torch.Tensor) -> BudgetError:
     return BudgetError(error.reason, image=int(indices[error.image]))
 
 
-def _halve(batch_size: int, say: Callable[[str], None]) -> int:
-    if batch_size == 1:
+def _halve(batch_size: int, images_of: int, say: Callable[[str], None]) -> int:
+    if batch_size <= images_of:
+        each = "" if images_of == 1 else f" at {images_of} radii"
+        fewer = "" if images_of == 1 else " give threat.epsilon fewer radii,"
         raise UserError(
-            "one image alone does not fit into the memory of the device; type device=cpu or "
-            "choose a smaller model"
+            f"one image alone{each} does not fit into the memory of the device;{fewer} type "
+            "device=cpu or choose a smaller model"
         )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    say(f"out of memory: the evaluation goes on with batches of {batch_size // 2} images")
-    return batch_size // 2
+    smaller = max(images_of, batch_size // 2)
+    say(f"out of memory: the evaluation goes on with batches of {smaller} images")
+    return smaller
 
 
 def _now(x: Images) -> float:

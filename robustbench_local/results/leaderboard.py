@@ -14,6 +14,9 @@ from robustbench_local.results.store import Record, Store
 RANKING_ATTACKS = frozenset({"standard", "autoattack"})
 """A row is ranked only with one of these among its attacks; PGD alone is provisional."""
 
+RANKING_ATTACK_OF_RANDOM_VICTIMS = "standard_rand"
+"""Ranks a row too, but only one of a victim that the judge saw to be random."""
+
 ROW = ("dataset", "model", "train", "defense", "norm", "epsilon", "access", "awareness")
 """What names a line of the leaderboard, beside its comparability key."""
 
@@ -83,7 +86,9 @@ def _line(store: Store, records: list[Record]) -> dict[str, object]:
     line["run_ids"] = " ".join(sorted(record["run_id"] for record in used))
     flags = {flag["name"]: flag["severe"] for record in used for flag in record["flags"]}
     line["flags"] = " ".join(sorted(flags))
-    line["status"] = _status(attacks, complete=bool(complete), withheld=any(flags.values()))
+    line["status"] = _status(
+        ranking=any(map(_ranks, used)), complete=bool(complete), withheld=any(flags.values())
+    )
 
     def put(measure: str, value: float) -> None:
         interval: Interval = wilson(value * first["n"], first["n"])
@@ -99,12 +104,20 @@ def _line(store: Store, records: list[Record]) -> dict[str, object]:
     return line
 
 
-def _status(attacks: list[str], *, complete: bool, withheld: bool) -> str:
+def _ranks(record: Record) -> bool:
+    """Whether this record lets its row be ranked: by a cascade that fits its victim."""
+    attack = record["labels"]["attack"]
+    if attack == RANKING_ATTACK_OF_RANDOM_VICTIMS:
+        return bool(record["judge_draws"] > 1)
+    return attack in RANKING_ATTACKS
+
+
+def _status(*, ranking: bool, complete: bool, withheld: bool) -> str:
     if withheld:
         return "withheld"
     if not complete:
         return "incomplete"
-    return "provisional" if RANKING_ATTACKS.isdisjoint(attacks) else "ranked"
+    return "ranked" if ranking else "provisional"
 
 
 def _worst_case(store: Store, records: Iterable[Record]) -> float:

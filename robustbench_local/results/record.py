@@ -96,6 +96,8 @@ def make_record(
     trained: "Trained",
     outcomes: Outcomes,
     report: Mapping[str, Any],
+    preparation: Mapping[str, int],
+    judge_draws: int,
     flags: list[Flag],
     device: torch.device,
 ) -> Record:
@@ -103,7 +105,8 @@ def make_record(
     examples = outcomes.examples
     n = len(examples.labels)
     clean, robust = examples.clean_correct.sum(), examples.robust_correct.sum()
-    sizes = examples.size[examples.attacked]
+    broken = examples.attacked & (examples.robust_correct < examples.clean_correct)
+    sizes = examples.size[broken]
     return {
         "version": RECORD_VERSION,
         "run_id": run_id,
@@ -118,14 +121,18 @@ def make_record(
         "target_success_rate": _target_success(examples),
         "perturbation": {
             "norm": threat.norm,
-            "mean": float(sizes.mean()) if len(sizes) else 0.0,
-            "median": float(np.median(sizes)) if len(sizes) else 0.0,
-            "max": float(sizes.max()) if len(sizes) else 0.0,
+            "images": int(broken.sum()),
+            "mean": float(sizes.mean()) if len(sizes) else None,
+            "median": float(np.median(sizes)) if len(sizes) else None,
+            "max": float(sizes.max()) if len(sizes) else None,
         },
+        "judge_draws": judge_draws,
+        "preparation_passes": dict(preparation),
         "passes_per_attacked_image": {
             "forward": outcomes.forward_passes,
             "backward": outcomes.backward_passes,
         },
+        "radii_at_once": outcomes.radii_at_once,
         "attack_report": dict(report),
         "seconds": {
             "training": trained.seconds,

@@ -16,7 +16,7 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
     `recorded` of the records were there before.
     """
     labels = records[0]["labels"]
-    radii = " ".join(str(record["config"]["threat"]["epsilon"]) for record in records)
+    radii = " ".join(f"{record['config']['threat']['epsilon']:.4g}" for record in records)
     title = (
         f"{labels['dataset']}: {labels['model']}, defense {labels['defense']}, "
         f"{labels['norm']} {radii}"
@@ -39,7 +39,7 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
             f"{seconds['attack']:.1f}",
         ]
         if len(records) > 1:
-            cells.insert(0, str(record["config"]["threat"]["epsilon"]))
+            cells.insert(0, f"{record['config']['threat']['epsilon']:.4g}")
         table.add_row(escape(record["labels"]["attack"]), *cells)
     console.print(table)
     for record in records:

@@ -20,7 +20,7 @@ from robustbench_local.identity import file_sha256
 Record: TypeAlias = dict[str, Any]
 """A record as JSON holds it; `results/README.md` lists its keys."""
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 
 
 @dataclass(frozen=True)

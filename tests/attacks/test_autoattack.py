@@ -75,7 +75,7 @@ def test_few_classes(classes: int, version: str, runs: list[str], left_out: str 
     assert built.attacks_to_run == runs
     assert built.fab.n_target_classes == classes - 1
     threat.check(attack(model, x, y, threat), x)
-    assert attack.report().get("left_out") == left_out
+    assert attack.report(threat).get("left_out") == left_out
 
 
 def test_says_nothing_and_leaves_the_log_and_the_tracer(capfd: pytest.CaptureFixture[str]) -> None:

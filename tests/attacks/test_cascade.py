@@ -9,7 +9,7 @@ import torch
 from conftest import accuracy
 from torch import Tensor, nn
 
-from robustbench_local.attacks import APGD, PGD, Attack, Cascade, Noise
+from robustbench_local.attacks import APGD, PGD, Attack, Cascade, Noise, Transfer
 from robustbench_local.errors import UserError
 from robustbench_local.oracle import Oracle
 from robustbench_local.threat import ThreatModel
@@ -46,7 +46,6 @@ class Scripted(Attack):
 
     breaks: frozenset[int] = frozenset()
     queries: int = 0
-    failures: list[Exception] = field(default_factory=list)
     mark: float = 0.4
     seen: list[list[int]] = field(default_factory=list)
 
@@ -54,8 +53,6 @@ class Scripted(Attack):
         assert (x[:, 0, 0, 1] == 0.4).all(), "not the clean images"
         assert len(x) == len(y)
         self.seen.append(numbers(x))
-        if self.failures:
-            raise self.failures.pop()
         for _ in range(self.queries):
             model(x)
         x_adv = x.clone()
@@ -114,13 +111,12 @@ def test_the_tally_by_hand() -> None:
     x, y = numbered(6)
     for rows in (slice(0, 4), slice(4, 6)):
         cascade(oracle, x[rows], y[rows], THREAT)
-    a, b = cascade.report()["parts"]
+    a, b = cascade.report(THREAT)["parts"]
     seconds = [part.pop("seconds") for part in (a, b)]
     assert min(seconds) > 0
     assert a == {"name": "a", "attacked": 6, "broken": 3, "forward": 18, "backward": 0}
     assert b == {"name": "b", "attacked": 3, "broken": 1, "forward": 12, "backward": 0}
     assert oracle.forward_passes == 30
-    assert "skipped" not in cascade.report()
 
 
 def test_backward_passes_are_counted() -> None:
@@ -128,46 +124,27 @@ def test_backward_passes_are_counted() -> None:
     cascade = Cascade(parts={"pgd": PGD(steps=3, early_stop=False, best_iterate=False)})
     oracle = Oracle(Switch(), THREAT, 2)
     cascade(oracle, x, y, THREAT)
-    (line,) = cascade.report()["parts"]
+    (line,) = cascade.report(THREAT)["parts"]
     assert (line["forward"], line["backward"]) == (16, 12)
 
 
 def test_each_radius_of_a_curve_has_its_own_lines() -> None:
     cascade = Cascade(parts={"a": Scripted(breaks=frozenset({1}))})
     x, y = numbered(2)
-    for epsilon in (0.5, 0.4):
-        cascade(Switch(), x, y, ThreatModel(norm="linf", epsilon=epsilon))
-    lines = [(part["name"], part["attacked"]) for part in cascade.report()["parts"]]
-    assert lines == [("a, epsilon 0.4", 2), ("a, epsilon 0.5", 2)]
-
-
-def test_a_batch_that_ran_out_of_memory_is_counted_once() -> None:
-    x, y = numbered(4)
-    failing = Scripted(failures=[torch.OutOfMemoryError("full")])
-    cascade = Cascade(parts={"a": Scripted(breaks=frozenset({0})), "b": failing})
-    with pytest.raises(torch.OutOfMemoryError):
-        cascade(Switch(), x, y, THREAT)
-    for rows in (slice(0, 2), slice(2, 4)):
-        cascade(Switch(), x[rows], y[rows], THREAT)
-    attacked = {part["name"]: part["attacked"] for part in cascade.report()["parts"]}
-    assert attacked == {"a": 4, "b": 3}
+    wide, narrow = (ThreatModel(norm="linf", epsilon=epsilon) for epsilon in (0.5, 0.4))
+    cascade(Switch(), x, y, wide)
+    cascade(Switch(), x[:1], y[:1], narrow)
+    for threat, attacked in ((wide, 2), (narrow, 1)):
+        (line,) = cascade.report(threat)["parts"]
+        assert (line["name"], line["attacked"]) == ("a", attacked)
 
 
 def test_parts_that_do_not_serve_the_norm() -> None:
     x, y = numbered(2)
-    threat = ThreatModel(norm="l2", epsilon=0.5)
-    parts = {"a": Scripted(), "b": LinfOnly(breaks=frozenset({1}))}
-    strict = Cascade(parts=parts)
-    assert strict.norms == {"linf"}
+    cascade = Cascade(parts={"a": Scripted(), "b": LinfOnly(breaks=frozenset({1}))})
+    assert cascade.norms == {"linf"}
     with pytest.raises(UserError, match=r"threat.norm=l2; it serves linf"):
-        strict(Switch(), x, y, threat)
-
-    lenient = Cascade(parts=parts, optional=["b"])
-    assert lenient.norms == {"linf", "l2"}
-    lenient(Switch(), x, y, threat)
-    assert lenient.report()["skipped"] == "b does not serve l2"
-    assert [part["name"] for part in lenient.report()["parts"]] == ["a"]
-    assert parts["b"].seen == []
+        cascade(Switch(), x, y, ThreatModel(norm="l2", epsilon=0.5))
 
 
 def test_it_needs_what_its_neediest_part_needs() -> None:
@@ -221,19 +198,20 @@ class Sets(Attack):
 
 @pytest.mark.parametrize("eot_samples", [1, 40])
 def test_of_a_randomised_victim_the_majority_decides(eot_samples: int) -> None:
-    """An image wrong in a fifth of the draws resists; the most often wrong point is kept."""
+    """Every part meets what is not always wrong; the most often wrong point is kept."""
     x, y = numbered(100)
     rarely, often, mostly = Sets(value=0.1), Sets(value=0.3), Sets(value=0.9)
     parts = {"a": often, "b": rarely, "c": mostly, "d": Sets(value=0.0)}
     cascade = Cascade(parts=parts, eot_samples=eot_samples)
     x_adv = cascade(Coin(), x, y, THREAT)
-    broken = {part["name"]: part["broken"] for part in cascade.report()["parts"]}
+    broken = {part["name"]: part["broken"] for part in cascade.report(THREAT)["parts"]}
     # 0.3 against more than half of 10 draws: 4.7%; of 40: 0.2%.
     assert broken["a"] <= (15 if eot_samples == 1 else 3)
     assert broken["b"] <= 1
     assert broken["a"] + broken["b"] + broken["c"] >= 98
     assert float((x_adv[:, 0, 0, 1] == 0.9).float().mean()) >= 0.84
-    assert rarely.seen == [100 - broken["a"]]
+    # 0.3 or 0.1 in every one of 10 draws: never; 0.9: 35% of the images, in all of 40 1.5%.
+    assert rarely.seen == mostly.seen == [100]
 
     kept = Cascade(parts={"a": often, "b": rarely}, eot_samples=40)(Coin(), x, y, THREAT)
     assert float((kept[:, 0, 0, 1] == 0.3).float().mean()) >= 0.95
@@ -252,7 +230,7 @@ def test_a_real_cascade_is_the_worst_case_of_its_parts(
     assert accuracy(digit_model, cascade(digit_model, x, y, threat), y) == pytest.approx(
         float((~broken).double().mean()), abs=0.011
     )
-    lines = cascade.report()["parts"]
+    lines = cascade.report(THREAT)["parts"]
     for before, after in pairwise(lines):
         assert after["attacked"] == before["attacked"] - before["broken"]
 
@@ -260,9 +238,8 @@ def test_a_real_cascade_is_the_worst_case_of_its_parts(
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"parts": {}}, "attack.parts has no part that is not optional"),
-        ({"parts": {"a": Noise()}, "optional": ["a"]}, "has no part that is not optional"),
-        ({"parts": {"a": Noise()}, "optional": ["b"]}, "attack.optional=b is no part"),
+        ({"parts": {}}, "attack.parts is empty"),
+        ({"parts": {"a": Transfer()}}, "attack.parts.a is a transfer attack"),
         ({"parts": {"a": 3}}, "attack.parts.a is int; expected an attack"),
         ({"parts": {"a": PGD(target=3)}}, "attack.parts.a.target=3"),
         ({"parts": {"a": Noise()}, "eot_samples": 0}, "attack.eot_samples=0"),

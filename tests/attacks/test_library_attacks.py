@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustbench_local.attacks import ART, PGD, TorchAttacks
 from robustbench_local.attacks.library import LibraryAttack
-from robustbench_local.attacks.victim import mend
+from robustbench_local.attacks.victim import Victim, mend
 from robustbench_local.data import Split
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import is_correct
@@ -300,11 +300,11 @@ def test_the_papers_values_stand_in_for_weak_defaults() -> None:
     assert ART(name="SquareAttack").arguments(threat, 5)["max_iter"] == 5000
     pixel = TorchAttacks(name="OnePixel").arguments(ThreatModel(norm="l0", epsilon=3), 5)
     assert (pixel["pixels"], pixel["popsize"], pixel["steps"]) == (3, 400, 100)
-    report = TorchAttacks(name="OnePixel").report()
+    report = TorchAttacks(name="OnePixel").report(threat)
     assert report["replaced_defaults"] == {"popsize": 400, "steps": 100}
     assert report["library"].startswith("OnePixel of torchattacks 3.")
     given = TorchAttacks(name="OnePixel", kwargs={"popsize": 5, "steps": 2})
-    assert list(given.report()) == ["library"]
+    assert list(given.report(threat)) == ["library"]
 
 
 RANDOM = [
@@ -524,6 +524,23 @@ def test_the_query_budget_of_each_image_is_kept(attack: LibraryAttack, budget: i
         with torch.no_grad():
             hit = is_correct(model(x_adv), goal) == (attack.target is not None)
         assert hit.double().mean() >= 0.6
+
+
+def test_a_search_that_the_budget_ends_returns_nothing_outside_epsilon() -> None:
+    """What it asked about on the way may be misclassified and further away than epsilon."""
+
+    class Wanders(TorchAttacks):
+        def call(self, victim: Victim, x: Tensor, *given: object) -> object:
+            for _ in range(9):
+                victim(1 - x)
+            return None
+
+    model, x = linear(2, (1, 8, 8)), images(5, (1, 8, 8))
+    y = predict(model, x)
+    threat = ThreatModel(norm="linf", epsilon=0.01, query_budget=5)
+    x_adv = Wanders(name="PGD")(model, x, y, threat)
+    assert torch.equal(x_adv, x)
+    assert (predict(model, 1 - x) != y).all()
 
 
 def test_images_of_the_class_of_noise_have_a_start_too() -> None:

@@ -213,9 +213,8 @@ def test_where_nothing_can_be_found_the_image_comes_back(name: str) -> None:
 def test_targets_are_reached(name: str) -> None:
     model, x = victim(SHAPE, 5), images(SHAPE, 16)
     y = predict(model, x)
-    kind, norm = type(ATTACKS[name]), sorted(ATTACKS[name].norms)[-1]
-    parameters = {**ATTACKS[name].__dict__, "target": "next"}
-    x_adv = kind(**parameters).nearest(model, x, y, budget(norm))
+    norm = sorted(ATTACKS[name].norms)[-1]
+    x_adv = replace(ATTACKS[name], target="next").nearest(model, x, y, budget(norm))
     assert (predict(model, x_adv) == (y + 1) % 5).all()
     free = ATTACKS[name].nearest(model, x, y, budget(norm))
     longer = budget(norm).size(x_adv, x) / budget(norm).size(free, x)

@@ -1,6 +1,7 @@
 """Pixel attacks against brute force, closed forms and disguised victims."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -308,7 +309,7 @@ def test_the_size_of_a_forward_pass_is_bounded_and_does_not_matter(candidates: i
         x_adv = attack(record, x, y, threat())
         longest = max(len(part) for part in record.seen)
         assert longest <= (candidates or 2048)
-        other = type(attack)(**{**vars(attack), "candidates": 50})
+        other = replace(attack, candidates=50)
         assert torch.equal(other(model, x, y, threat()), x_adv)
 
 

@@ -122,7 +122,7 @@ def test_queries_are_counted_where_the_victim_is(budget: int) -> None:
     data = split(victim(), 12)  # seeds only: nothing is left to measure on
     attack = Substitute(**SMALL, query_budget=budget).fit(watched, data, LABELS)
     expected = min(budget, 12 * 2**2)
-    assert counting.count == attack.report()["queries"] == watched.forward_passes == expected
+    assert counting.count == attack.report(LABELS)["queries"] == watched.forward_passes == expected
     attack(watched, *images(), LABELS)
     assert counting.count == expected, "the victim was asked while the images were made"
 
@@ -130,7 +130,7 @@ def test_queries_are_counted_where_the_victim_is(budget: int) -> None:
 def test_what_the_harness_measures_is_not_charged() -> None:
     counting = Counting(victim())
     watched = oracle(counting)
-    report = Substitute(**SMALL).fit(watched, split(victim()), LABELS).report()
+    report = Substitute(**SMALL).fit(watched, split(victim()), LABELS).report(LABELS)
     assert report["queries"] == watched.forward_passes == 48
     assert counting.count > 48
     assert report["held_out_images"] == 40 - 12
@@ -144,7 +144,7 @@ def test_measured_shares_are_those_of_the_images() -> None:
     data = split(model, 400)
     relabelled = Split(data.images, (data.labels + 1) % 3, data.indices)
     settings = {**SMALL, "seeds": 200, "epochs": 30}
-    report = Substitute(**settings).fit(oracle(model), relabelled, LABELS).report()
+    report = Substitute(**settings).fit(oracle(model), relabelled, LABELS).report(LABELS)
     assert report["agreement_with_victim"] > report["substitute_accuracy"] + 0.2
     assert report["transfer_rate"] is None  # there is nothing the victim gets right
 
@@ -256,7 +256,7 @@ def test_digits_are_carried_over_from_few_labels(
     threat = ThreatModel(norm="linf", epsilon=0.3, access="labels")
     watched = oracle(digit_model, threat, 10)
     attack = Substitute(rounds=4, models=COMMITTEE[:1]).fit(watched, digits.validation, threat)
-    assert attack.report()["queries"] == watched.forward_passes == 1200
+    assert attack.report(LABELS)["queries"] == watched.forward_passes == 1200
     x, y = (part[:500] for part in digit_images)
     assert accuracy(digit_model, attack(watched, x, y, threat), y) <= 0.1
     generator = torch.Generator().manual_seed(0)

@@ -62,7 +62,7 @@ def test_the_sources_are_left_as_they_were(digit_images: tuple[Tensor, Tensor]) 
 
 
 def test_the_report_names_the_weights() -> None:
-    told = transfer(digit_cnn(4), digit_cnn(4)).report()["sources"]
+    told = transfer(digit_cnn(4), digit_cnn(4)).report(LABELS)["sources"]
     assert told[1] == {"name": "seed:1", "key": "key1", "sha256": "hash1"}
 
 

@@ -156,17 +156,27 @@ def test_a_sweep_makes_one_line_per_row_and_a_column_per_attack(cli):
 def test_a_list_of_epsilons_is_a_curve_of_records_and_a_picture(cli):
     finished = cli(*QUICK, "threat.epsilon=[26/255,0,0.3]", "attack=fgsm")
     assert finished.code == 0
-    single = {str(record["config"]["threat"]["epsilon"]): record for record in records().values()}
-    assert sorted(single) == ["0", "0.3", "26/255"]
-    accuracies = [single[radius]["robust_accuracy"]["value"] for radius in ("0", "26/255", "0.3")]
+    single = {record["config"]["threat"]["epsilon"]: record for record in records().values()}
+    assert sorted(single) == [0, 26 / 255, 0.3]
+    accuracies = [single[radius]["robust_accuracy"]["value"] for radius in sorted(single)]
     assert accuracies == sorted(accuracies, reverse=True)
-    assert accuracies[0] == single["0"]["clean_accuracy"]["value"] > accuracies[2]
+    assert accuracies[0] == single[0]["clean_accuracy"]["value"] > accuracies[2]
+    for radius, point in single.items():
+        arrays = np.load(f"results/records/{point['run_id']}.npz")
+        broken = arrays["clean_correct"] > arrays["robust_correct"]
+        told = point["perturbation"]
+        assert told["images"] == broken.sum()
+        if radius:
+            assert 0 < told["median"] == np.median(arrays["size"][broken]) <= radius + 1e-6
+        else:
+            assert told["median"] is None
     assert len({record["weights"]["sha256"] for record in single.values()}) == 1
     (picture,) = Path("results/curves").iterdir()
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.name in finished.out
-    # A point of a curve is the run at that epsilon alone; only a new one is run.
-    assert "recorded before" in cli(*QUICK, "threat.epsilon=0.3", "attack=fgsm").out
+    # A point of a curve is the run at that epsilon alone, however written; only a new one is run.
+    for written in ("0.3", "3/10"):
+        assert "recorded before" in cli(*QUICK, f"threat.epsilon={written}", "attack=fgsm").out
     assert "2 of 3 recorded before" in cli(
         *QUICK, "threat.epsilon=[0.1,0.3,26/255]", "attack=fgsm"
     ).out  # fmt: skip
@@ -210,6 +220,7 @@ def test_a_substitute_reports_its_queries(cli):
     assert cli(*words, *few, "threat.epsilon=[0.1,0.3]").code == 0
     for record in records().values():
         assert record["attack_report"]["queries"] == 40
+        assert record["preparation_passes"] == {"forward": 40, "backward": 0}
         assert record["attack_report"]["held_out_images"] == 180
         assert record["attack_report"]["transfer_epsilon"] == 0.3
         assert record["passes_per_attacked_image"]["forward"] == 0
@@ -246,6 +257,12 @@ BAD = {
     "attack.loss=hinge": "attack.loss=hinge is unknown",
     "attack=transfer attack.sources=[model:3]": "'model:3' cannot be read",
     "attack=substitute attack.query_budget=9": "attack.query_budget=9 does not pay",
+    "attack=substitute attack.seeds=9": "attack.seeds=9 is less than the 10 classes",
+    "attack=substitute attack.seeds=501 attack.query_budget=600": "held-out images there are",
+    "attack.target=10": "attack.target=10 is out of range; expected a class from 0 to 9",
+    "attack=one_pixel threat=mnist_l0 threat.access=scores threat.epsilon=785": "have 784 (28x28)",
+    "attack=autoattack threat.query_budget=9000": "is not kept by AutoAttack",
+    "attack=standard threat.query_budget=9000": "cannot be shared out",
     "seed=abc": "seed=abc",
     "batch_size=0": "batch_size=0",
     "device=cuda:7": "device=cuda:7 is not there",

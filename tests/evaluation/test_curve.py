@@ -1,12 +1,15 @@
 """A curve over epsilon holds what single runs at each epsilon would."""
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import pytest
 import torch
 from conftest import LinearVictim
 
-from robustbench_local.attacks import PGD, Attack, Noise
+from robustbench_local.attacks import APGD, PGD, Attack, Cascade, Noise, Square
 from robustbench_local.data import Split
+from robustbench_local.errors import UserError
 from robustbench_local.evaluation import evaluate, evaluate_curve
 from robustbench_local.oracle import Oracle
 from robustbench_local.threat import BudgetError, ThreatModel
@@ -38,19 +41,30 @@ def single(attack, epsilon, norm="linf", access="gradients"):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-@pytest.mark.parametrize("attack", [PGD(steps=4, restarts=2), Noise(samples=3)])
+@pytest.mark.parametrize(
+    "attack",
+    [PGD(steps=4, restarts=2), Noise(samples=3), APGD(steps=9), Square(queries=30)],
+    ids=lambda attack: type(attack).__name__,
+)
 def test_radii_attacked_at_once_give_what_each_gives_alone(attack, norm):
     scale = {"linf": 1, "l2": 4, "l1": 16}[norm]
     radii = [scale * radius for radius in RADII]
     points, oracle = curve(attack, norm, radii)
+    passes = []
     for radius, point in zip(radii, points, strict=True):
         alone = single(attack, radius, norm)
+        passes.append(alone.forward_passes)
         np.testing.assert_array_equal(point.examples.robust_correct, alone.examples.robust_correct)
         np.testing.assert_allclose(point.examples.size, alone.examples.size, atol=1e-6)
         assert (point.examples.size <= radius + 1e-6).all()
-    assert oracle.forward_passes == pytest.approx(
-        sum(point.forward_passes * point.examples.attacked.sum() for point in points)
+    # Radius 0 asks nothing, and the others share what they ask together.
+    assert passes[0] == points[0].forward_passes == points[0].attack_seconds == 0
+    assert [point.forward_passes for point in points[1:]] == pytest.approx(
+        [np.mean(passes[1:])] * 4
     )
+    attacked = points[0].examples.attacked.sum()
+    assert oracle.forward_passes == pytest.approx(sum(passes) * attacked)
+    assert {point.radii_at_once for point in points} == {4}
 
 
 def test_the_curve_falls_and_starts_at_the_clean_accuracy():
@@ -74,6 +88,22 @@ class Step(Attack):
         return threat.project(x + threat.epsilon, x)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asks(Attack):
+    """Asks once at a radius of 0.1, twice at 0.2, and may run out of memory there."""
+
+    needs = "labels"
+    norms = frozenset({"linf"})
+    failures: list[Exception] = field(default_factory=list)
+
+    def run(self, model, x, y, threat):
+        if threat.epsilon > 0.15 and self.failures:
+            raise self.failures.pop()
+        for _ in range(round(threat.epsilon / 0.1)):
+            model(x)
+        return x.clone()
+
+
 class Nearest(Attack):
     """Brightens by exactly 0.04, whatever epsilon is."""
 
@@ -84,6 +114,7 @@ class Nearest(Attack):
 
     def run(self, model, x, y, threat):
         type(self).calls += 1
+        model(x)
         return (x + 0.04).clamp(max=1) if threat.epsilon >= 0.04 else x
 
 
@@ -98,6 +129,7 @@ def test_the_smallest_perturbation_gives_the_curve_in_one_pass():
     Nearest.calls = 0
     points, _ = curve(Nearest(), batch_size=1000)
     assert Nearest.calls == 1
+    assert [(p.radii_at_once, p.forward_passes) for p in points] == [(5, 1.0)] * 5
     # Below its size the perturbation does not count, and the clean image stands.
     assert [round(float(p.examples.size.max()), 6) for p in points] == [0, 0, 0.04, 0.04, 0.04]
     clean = points[0].examples.clean_correct
@@ -105,6 +137,35 @@ def test_the_smallest_perturbation_gives_the_curve_in_one_pass():
     changed = single(Nearest(), 0.3).examples.robust_correct
     for point in points[2:]:
         assert (point.examples.robust_correct == changed).all()
+
+
+def test_each_radius_has_the_costs_of_its_own_attack():
+    points, _ = curve(Asks(), radii=[0.1, 0.2], batch_size=1000)
+    assert [(p.radii_at_once, p.forward_passes) for p in points] == [(1, 1.0), (1, 2.0)]
+
+
+def test_a_batch_that_ran_out_of_memory_is_counted_once():
+    """The second radius fails once, when the first one is done."""
+    cascade = Cascade(parts={"a": Asks(failures=[torch.OutOfMemoryError("full")])})
+    points, _ = curve(cascade, radii=[0.1, 0.2], batch_size=1000)
+    attacked = int(points[0].examples.attacked.sum())
+    for radius, point, passes in zip((0.1, 0.2), points, (1.0, 2.0), strict=True):
+        (line,) = cascade.report(ThreatModel(norm="linf", epsilon=radius))["parts"]
+        assert line["attacked"] == attacked
+        assert point.forward_passes == passes + 1  # and the look after it
+        assert point.batch_size == 500
+
+
+def test_one_image_at_many_radii_that_do_not_fit_are_told_as_such():
+    radii = [0.1, 0.2, 0.3]
+
+    class Full(PGD):
+        def run(self, *given):
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(UserError, match=r"one image alone at 3 radii .* fewer radii"):
+        curve(Full(), radii=radii, batch_size=20)
+    assert len(curve(PGD(steps=1), radii=radii, batch_size=1)[0]) == 3
 
 
 def test_a_foul_at_one_radius_ends_the_curve():

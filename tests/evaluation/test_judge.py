@@ -48,8 +48,8 @@ class Returning(Attack):
     norms = frozenset({"linf", "l2"})
 
     def __init__(self, change):
+        super().__init__()
         object.__setattr__(self, "change", change)
-        object.__setattr__(self, "seed", 0)
 
     def run(self, model, x, y, threat):
         return self.change(model, x)

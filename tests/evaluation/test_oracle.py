@@ -1,12 +1,15 @@
 """The oracle gives no more than the threat model grants, and counts it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import LinearVictim
 from torch import nn
 
-from robustbench_local.attacks import PGD, Noise
+from robustbench_local.attacks import APGD, PGD, Noise, OnePixel, Square
 from robustbench_local.errors import UserError
-from robustbench_local.oracle import Oracle, QueryBudgetError, ask
+from robustbench_local.oracle import Oracle, QueryBudgetError, ask, is_settled
 from robustbench_local.threat import ThreatModel
 
 
@@ -100,3 +103,35 @@ def test_noise_needs_labels_only(victim):
     labels = ThreatModel(norm="linf", epsilon=0.3, access="labels")
     through = Noise()(Oracle(victim, labels, 3), X, Y, labels)
     assert torch.equal(through, Noise()(victim, X, Y, labels))
+
+
+@pytest.mark.parametrize(
+    ("randomized", "samples", "expected"),
+    [(None, 1, True), (None, 2, False), (False, 20, True), (True, 1, False), (True, 20, False)],
+)
+def test_a_victim_is_settled_where_it_was_seen_to_be(randomized, samples, expected):
+    threat = ThreatModel(norm="linf", epsilon=0.1)
+    assert is_settled(Oracle(nn.Identity(), threat, 3, randomized=randomized), samples) == expected
+    declared = nn.Identity()
+    declared.randomized = True
+    assert not is_settled(declared, samples)
+    assert not is_settled(Oracle(declared, threat, 3, randomized=False), samples)
+
+
+@pytest.mark.parametrize(
+    "attack", [PGD(steps=5), APGD(steps=9), Square(queries=40), OnePixel(population=9)], ids=repr
+)
+def test_more_looks_than_a_settled_victim_needs_lose_nothing(attack):
+    generator = torch.Generator().manual_seed(0)
+    victim = LinearVictim(torch.randn(3, 16, generator=generator), torch.zeros(3))
+    x = torch.rand(40, 1, 4, 4, generator=generator)
+    y = victim(x).argmax(1)
+    norm, epsilon = ("l0", 1) if isinstance(attack, OnePixel) else ("linf", 0.08)
+    threat = ThreatModel(norm=norm, epsilon=epsilon)
+    oracle = Oracle(victim, threat, 3, randomized=False)
+    often = replace(attack, eot_samples=3)
+    if isinstance(attack, Square):  # its queries are counted
+        often = replace(often, queries=3 * attack.queries)
+    once, thrice = (victim(a(oracle, x, y, threat)).argmax(1) != y for a in (attack, often))
+    assert 0 < once.sum() < 40
+    assert torch.equal(once, thrice)

@@ -23,7 +23,15 @@ def examples(robust, clean=None):
 
 
 def record(
-    run_id, outcome, *, attack="pgd", seed=0, finished="2026-01-01T00:00:00", flags=(), **labels
+    run_id,
+    outcome,
+    *,
+    attack="pgd",
+    seed=0,
+    finished="2026-01-01T00:00:00",
+    flags=(),
+    judge_draws=1,
+    **labels,
 ):
     n = len(outcome.labels)
     names = {
@@ -41,6 +49,7 @@ def record(
         "n": n,
         "clean_accuracy": wilson(outcome.clean_correct.sum(), n)._asdict(),
         "robust_accuracy": wilson(outcome.robust_correct.sum(), n)._asdict(),
+        "judge_draws": judge_draws,
         "flags": [{"name": name, "severe": severe} for name, severe in flags],
     }
 
@@ -120,6 +129,24 @@ def test_a_severe_flag_withholds_the_rank(store):
     assert table.loc["good", "status"] == "ranked"
     assert table.loc["none", "status"] == "withheld"
     assert table.loc["none", "flags"] == "subset zero_gradient"
+
+
+@pytest.mark.parametrize(
+    ("attack", "judge_draws", "status"),
+    [
+        ("pgd", 1, "provisional"),
+        ("standard", 1, "ranked"),
+        ("standard-steps9", 1, "provisional"),
+        ("autoattack", 1, "ranked"),
+        ("standard_rand", 1, "provisional"),
+        ("standard_rand", 10, "ranked"),
+    ],
+)
+def test_a_cascade_that_fits_the_victim_ranks_a_row(store, attack, judge_draws, status):
+    add(store, "a", [1, 0], attack=attack, judge_draws=judge_draws)
+    add(store, "b", [1, 0], attack="fgsm", judge_draws=judge_draws)
+    (line,) = fold(store).to_dict("records")
+    assert line["status"] == status
 
 
 def test_different_rows_do_not_merge(store):
