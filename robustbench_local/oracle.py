@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustbench_local.errors import UserError
-from robustbench_local.gradients import is_randomized
+from robustbench_local.gradients import is_randomized, suitable_parts
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Images, Logits, Model
 
@@ -45,6 +45,11 @@ class Oracle(nn.Module):
         self.backward_passes = 0
         self._spent = torch.zeros(0, dtype=torch.int64)  # of each example announced
         self._allowed: int | None = None
+
+    @property
+    def whole_batches(self) -> bool:
+        """Whether batches stay in one piece, since each call is charged to all examples."""
+        return self.threat.query_budget is not None
 
     def begin(self, examples: int) -> None:
         """A new batch of this many examples, each with its whole budget."""
@@ -117,8 +122,15 @@ def is_settled(model: Model, samples: int) -> bool:
 
 def ask(model: Model, x: Images, owners: Tensor) -> Logits:
     """The model's answer, charged to the right examples where the model counts; see `Oracle`."""
-    logits: Logits = model(x, owners) if isinstance(model, Oracle) else model(x)
-    return logits
+
+    def answer(rows: slice) -> Logits:
+        logits: Logits = (
+            model(x[rows], owners[rows]) if isinstance(model, Oracle) else model(x[rows])
+        )
+        return logits
+
+    parts = [answer(rows) for rows in suitable_parts(model, x)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def check_logits(logits: Tensor, x: Images, num_classes: int) -> Logits:

@@ -1,9 +1,10 @@
 """Random draws that belong to the example, not to the batch it happens to be in.
 
 Every attack draws from a `Draws`: a counter-based generator keyed by (seed, the example's own
-pixels). Hence the same image meets the same random start whichever batch, shard, device or set of
-surviving neighbours it is evaluated with, nothing touches the global generators, and there is no
-state to save. Source of the mixing function: the "lowbias32" integer hash (Wellons, public domain).
+pixels). Hence the same image meets the same random start whichever batch, shard or set of surviving
+neighbours it is evaluated with and, up to rounding, whichever kind of device; nothing touches the
+global generators, and there is no state to save. Source of the mixing function: the "lowbias32"
+integer hash (Wellons, public domain).
 """
 
 import hashlib

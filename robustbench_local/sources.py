@@ -102,7 +102,8 @@ def _from_cache(
             f"{data.name}: name weights trained for such data"
         )
     config = {key: value for key, value in parts["model"].items() if key != "code"}
-    _require_network(name, config)
+    if config["_target_"] != settings["model"]["_target_"]:  # which the user has typed
+        _require_network(name, config)
     model = _build(config, data, device)
     try:
         model.load_state_dict(shelf.read())
@@ -125,9 +126,10 @@ def _require_network(name: str, config: Mapping[str, Any]) -> None:
     nested = any("_target_" in json.dumps(value) for value in inner)
     if not (isinstance(network, type) and issubclass(network, nn.Module)) or nested:
         raise UserError(
-            f"attack.sources entry {name} names {config['_target_']}, which is no network; "
-            "expected a class of torch.nn.Module with plain settings: train the weights again, or "
-            "name others"
+            f"attack.sources entry {name} names {config['_target_']}, which is no class of "
+            "networks with plain settings; expected a torch.nn.Module, or the victim's own "
+            "model._target_: name other weights, or give these as file:PATH beside their "
+            "model._target_"
         )
 
 

@@ -150,11 +150,11 @@ class ThreatModel:
         boxed = x_adv.clamp(0, 1)
         if self.norm == "l0":
             return self._keep_largest(x_adv, boxed, x)
-        outside = self.size(boxed, x) > self._limits(x)
+        outside = self.size(boxed, x) > self.limits(x)
         if not outside.any():
             return boxed
         start, wanted = x[outside], x_adv[outside]
-        limits = self[outside]._limits(start)[:, None]  # (N, 1), float64
+        limits = self[outside].limits(start)[:, None]  # (N, 1), float64
         delta = (wanted - start).flatten(1)
         room = torch.where(delta > 0, 1 - start.flatten(1), start.flatten(1))
         shrink = _shrink_l2 if self.norm == "l2" else _shrink_l1
@@ -168,7 +168,7 @@ class ThreatModel:
         boxed[outside] = inside
         return boxed
 
-    def _limits(self, x: Images) -> Tensor:
+    def limits(self, x: Images) -> Tensor:
         """Epsilon of every example, float64, shape (N,)."""
         if self.radii is None:
             return torch.full((len(x),), self.epsilon, device=x.device, dtype=torch.float64)
@@ -182,7 +182,7 @@ class ThreatModel:
     def _most(self, gain: Tensor, x: Images) -> Tensor:
         """The `epsilon` pixels of highest gain of every example, bool (N, 1, H, W)."""
         rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        most: Tensor = (rank < self._limits(x)[:, None]).view(x.shape[0], 1, *x.shape[2:])
+        most: Tensor = (rank < self.limits(x)[:, None]).view(x.shape[0], 1, *x.shape[2:])
         return most
 
     def random_start(self, x: Images, draws: Draws) -> Images:
@@ -193,7 +193,7 @@ class ThreatModel:
         if self.norm == "spatial":
             return self._random_transform(x, draws)
         pixels = x[0].numel()
-        epsilon = self._limits(x)[:, None].float()
+        epsilon = self.limits(x)[:, None].float()
         if self.norm == "linf":
             delta = draws.uniform(pixels).mul_(2).sub_(1).mul_(epsilon)
         elif self.norm == "l2":
@@ -216,7 +216,7 @@ class ThreatModel:
 
     def _random_transform(self, x: Images, draws: Draws) -> Images:
         result, drawn = x.clone(), draws.uniform(1).squeeze(1).double()
-        limits = self._limits(x)
+        limits = self.limits(x)
         for limit in sorted(set(limits.tolist())):
             inside = spatial.grid(limit)
             rows = (limits == limit).nonzero().squeeze(1)
@@ -282,7 +282,7 @@ class ThreatModel:
                 f"pixels from {values.min():.7g} to {values.max():.7g} leave [0, 1]", image=image
             )
         size = self.size(x_adv, x)
-        limits = self._limits(x)
+        limits = self.limits(x)
         outside = size > limits + TOLERANCE * limits.clamp(min=1)
         if outside.any():
             image = _first(outside)

@@ -253,3 +253,52 @@ def test_pristine_seeds_what_happens_inside(meddler: Meddler) -> None:
             seen.append(meddler(torch.ones(3, 4)))
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
+
+
+class Sizes(nn.Module):
+    """Remembers how many images came at once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.seen = model, []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        return self.model(x)
+
+
+@pytest.mark.parametrize("eot_samples", [1, 2])
+def test_large_batches_go_through_in_parts_and_the_gradient_is_the_same(eot_samples):
+    generator = torch.Generator().manual_seed(0)
+    model = Sizes(nn.Sequential(nn.Flatten(), nn.Linear(784, 5)))
+    x = torch.rand(400, 1, 28, 28, generator=generator)
+    y = torch.randint(0, 5, (400,), generator=generator)
+    wanted = (y + 1) % 5
+
+    def lead(logits, labels, rows):
+        assert torch.equal(labels, y[rows])
+        return logits.gather(1, wanted[rows, None]).squeeze(1)
+
+    for loss in ("ce", "margin", lead):
+        model.seen.clear()
+        parts = input_gradient(model, x, y, loss=loss, eot_samples=eot_samples)
+        assert model.seen == [size for size in (133, 133, 134) for _ in range(eot_samples)]
+        model.whole_batches = True
+        whole = input_gradient(model, x, y, loss=loss, eot_samples=eot_samples)
+        model.whole_batches = False
+        assert model.seen[-1] == 400
+        for part, one in zip(parts, whole, strict=True):
+            torch.testing.assert_close(part, one)
+
+
+def test_a_nan_gradient_names_the_image_of_the_whole_batch():
+    class Holed(nn.Module):
+        def forward(self, x):
+            x = x.flatten(1)
+            return torch.stack((x.sum(1), (x[:, 0] - 0.5).sqrt()), 1)
+
+    x = torch.ones(400, 1, 28, 28)
+    x[390, 0, 0, 0] = 0.5
+    y = torch.zeros(400, dtype=torch.int64)
+    with pytest.raises(UserError, match="NaN for image 390"):
+        input_gradient(Holed(), x, y, loss=lambda logits, y, rows: 0 * logits[:, 1])

@@ -148,7 +148,7 @@ def test_only_networks_are_built(
     told = json.loads(about.read_text())
     told["parts"]["model"]["_target_"] = target
     about.write_text(json.dumps(told))
-    with pytest.raises(UserError, match=f"names {target}, which is no network"):
+    with pytest.raises(UserError, match=f"names {target}, which is no class of networks"):
         found(f"cache:{victim.key}", digits, cache, victim)
     assert capsys.readouterr().out == ""
 

@@ -172,16 +172,16 @@ class APGD(Attack):
             )  # fmt: skip
         with torch.no_grad():
             outputs = [model(ascent.x_adv) for _ in range(self.eot_samples)]
-        loss = torch.stack([climbed(logits, ascent.y) for logits in outputs]).mean(0)
+        loss = torch.stack([climbed(logits, ascent.y, slice(None)) for logits in outputs]).mean(0)
         short = [resists(logits, ascent.y, targeted=targeted) for logits in outputs]
         return InputGradient(ascent.gradient, loss, torch.stack(short).all(0))
 
     def _climbed(self, wanted: Labels) -> LossFunction:
         """The loss of this attack; it knows the number of classes when it sees the logits."""
         if self.loss == "dlr_targeted":
-            return lambda logits, y: targeted_dlr(logits, y, wanted)
+            return lambda logits, y, rows: targeted_dlr(logits, y, wanted[rows])
 
-        def loss(logits: Logits, y: Labels) -> Tensor:
+        def loss(logits: Logits, y: Labels, rows: slice) -> Tensor:
             if self.loss == "dlr" and self.target is not None:
                 # The plain ratio is constant where the class wanted is the third.
                 return targeted_dlr(logits, logits.scatter(1, y[:, None], -torch.inf).argmax(1), y)

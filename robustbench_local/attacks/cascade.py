@@ -126,12 +126,17 @@ class Cascade(Attack):
         return min(part.draws_averaged for part in self.parts.values())
 
     def report(self, threat: ThreatModel) -> Mapping[str, Any]:
-        """`parts`, for each: images attacked and broken, passes, seconds.
+        """`parts`, for each: images attacked and broken, passes, seconds, and its own report.
 
         Passes are 0 where the model does not count them.
         """
         lines = self.notes.get(_place(threat), {})
-        return {"parts": [{"name": name, **vars(line)} for name, line in lines.items()]}
+        return {
+            "parts": [
+                {"name": name, **vars(lines.get(name, _Line())), **part.report(threat)}
+                for name, part in self.parts.items()
+            ]
+        }
 
 
 @dataclass(frozen=True)

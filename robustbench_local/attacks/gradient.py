@@ -35,8 +35,7 @@ class PGD(Attack):
     - `restarts`: only examples that survived are attacked again, each time from a fresh start.
     - `loss`: see `attack_loss`. `eot_samples`: forward passes averaged at each step.
     - `early_stop`: an example that is misclassified leaves the batch at once. Only for
-      deterministic victims; it is off by itself where the victim draws random numbers or
-      `eot_samples` above 1 say so.
+      deterministic victims, see `is_settled`; else it is off by itself.
     - `best_iterate`: return the iterate of highest loss, not the last one. Off by itself for
       randomised victims too: the highest of many noisy losses is a lucky draw, not a good point.
     - `target`: the class to reach (Kurakin et al. 2017, arXiv:1607.02533), see `attacks.target`.

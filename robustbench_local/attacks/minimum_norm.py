@@ -48,7 +48,7 @@ class MinimumNorm(Attack):
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """The nearest adversarial images where these lie within epsilon, else the clean ones."""
         found = self._nearest(model, x, y, threat)
-        inside = threat.size(found, x) <= threat.radius(x).flatten()
+        inside = threat.size(found, x) <= threat.limits(x)
         return torch.where(inside.view(-1, 1, 1, 1), found, x)
 
     def nearest(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:

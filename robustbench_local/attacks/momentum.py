@@ -120,6 +120,8 @@ class Momentum(Attack):
 class _Resized(nn.Module):
     """A model that sees every image of a batch through linear maps of rows and columns."""
 
+    whole_batches = True  # a map for each image
+
     def __init__(self, model: Model, rows: Tensor, columns: Tensor) -> None:
         super().__init__()
         self.model = model

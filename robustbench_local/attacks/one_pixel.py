@@ -36,8 +36,8 @@ class OnePixel(Attack):
     - `target`: the class to reach, see `attacks.target`.
 
     An image leaves as soon as one of its candidates reaches the goal; images that resist to the
-    end come back with their best candidate. Randomised victims (those that say so, or
-    `eot_samples` above 1) are attacked to the end instead, and the last generation goes into
+    end come back with their best candidate. Randomised victims (see
+    `is_settled`) are attacked to the end instead, and the last generation goes into
     looking at the whole population afresh: the best of many noisy looks is a lucky one.
 
     Deviations from the paper. It stops an image at a confidence (5% for the true class, 90% for a

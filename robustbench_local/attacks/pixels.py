@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustbench_local.gradients import attack_loss, resists
+from robustbench_local.gradients import attack_loss, images_at_once, resists
 from robustbench_local.oracle import ask
 from robustbench_local.types import Images, Labels, Model
 
@@ -26,11 +26,9 @@ def paint(x: Images, rows: Tensor, places: Tensor, colours: Tensor) -> Images:
 class Scorer:
     """Asks a victim about painted images, no more than `at_once` of them in one forward pass.
 
-    With `None` that is what 128 Ki pixel values make on a CPU (167 of MNIST, 42 of CIFAR-10:
-    activations of many more leave its caches, and a ResNet-8 takes twice as long for each) and
-    8 Mi on a GPU. Answers are the log-odds form of the cross-entropy (see `attack_loss`): it rises
-    exactly as the true class's probability falls (that of a target rises), and goes on rising where
-    the softmax saturates.
+    `None` leaves it to `images_at_once`. Answers are the log-odds form of the cross-entropy (see
+    `attack_loss`): it rises exactly as the true class's probability falls (that of a target rises),
+    and goes on rising where the softmax saturates.
     """
 
     def __init__(
@@ -47,8 +45,7 @@ class Scorer:
         self._y = y
         self._model = model
         self._targeted = targeted
-        values = 1 << (17 if x.device.type == "cpu" else 23)
-        self.at_once = at_once or max(1, values // x[0].numel())
+        self.at_once = at_once or images_at_once(x)
         self.samples = samples
 
     def __call__(self, rows: Tensor, places: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,9 @@ class Spatial(Attack):
     size, with label access only; the least one that the victim gets wrong is the result, and the
     very least of all where there is none. A query budget ends the search after so many of them.
 
-    - `eot_samples`: forward passes for each transform. Where it is above 1 or the victim draws
-      random numbers, all transforms are tried and the one most often wrong is the result: one
-      lucky draw decides nothing.
+    - `eot_samples`: forward passes for each transform. Of a randomised victim (see `is_settled`)
+      all transforms are tried and the one most often wrong is the result: one lucky draw decides
+      nothing.
     - `target`: the class to reach, see `attacks.target`.
     - `candidates`: images asked about at once where few are left. No effect on the result.
 

@@ -37,8 +37,8 @@ class Square(Attack):
     - `initial_share`: the share of the pixels in the first windows (p in the paper); it is halved
       nine times, at the paper's share of the queries.
     - `restarts`: only examples that survived are attacked again.
-    - `eot_samples`: queries averaged for each look at an image. For these and for randomised
-      victims no image stops early, and the margin of the current point is asked for again in
+    - `eot_samples`: queries averaged for each look at an image. For randomised victims (see
+      `is_settled`) no image stops early, and the margin of the current point is asked for again in
       each step, since the best of many noisy answers is a lucky one: twice the cost.
     - `target`: the class to reach, see `attacks.target`; climbs cross-entropy as in the paper.
 

@@ -6,6 +6,7 @@ Hein 2020 (arXiv:2003.01690, the checks of their code), Pintor et al. 2022 (arXi
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +37,8 @@ class Flag:
 
 def is_random(victim: Model, data: Dataset, *, sample: int = SAMPLE) -> bool:
     """Whether forward passes of the same images differ, declared or not."""
-    with pristine(victim, seed=0), torch.no_grad():
-        x = data.test.pixels(slice(0, sample))
-        return largest_distance(torch.stack([victim(x) for _ in range(_PASSES)])) > SPREAD
+    rows = slice(0, sample)
+    return _look_often(victim, data.test.pixels(rows), data.test.labels[rows]).random
 
 
 def audit(
@@ -66,20 +66,18 @@ def _subset(data: Dataset) -> Iterator[Flag]:
 
 
 def _forward_checks(victim: Model, x: Images, y: Labels, eot_samples: int) -> Iterator[Flag]:
-    with pristine(victim, seed=0), torch.no_grad():
-        outputs = torch.stack([victim(x) for _ in range(_PASSES)])  # (passes, N, K)
+    looks = _look_often(victim, x, y)
+    outputs, spread = looks.outputs, looks.spread
     with pristine(victim, seed=0):
         tracked = victim(x.clone().requires_grad_()).detach()
 
-    spread = largest_distance(outputs)
-    counts = (outputs.argmax(2) == y).sum(1)
-    if eot_samples == 1 and (spread > SPREAD or int(counts.min()) != int(counts.max())):
+    if eot_samples == 1 and looks.random:
         yield Flag(
             "randomized",
             True,
             spread,
             f"{_PASSES} forward passes differ by up to {spread:.2g} and the attack used one sample "
-            "of them; type attack.eot_samples=20",
+            "of them; type attack=standard_rand, or attack.eot_samples=20 where the attack has it",
         )
     switch = largest_distance(torch.stack([outputs[0], tracked]))
     if spread <= SPREAD < switch:
@@ -98,6 +96,21 @@ def _forward_checks(victim: Model, x: Images, y: Labels, eot_samples: int) -> It
             excess,
             "the model returns probabilities; logits give attacks better gradients",
         )
+
+
+class _Looks(NamedTuple):
+    outputs: Tensor  # (passes, N, K)
+    spread: float
+    random: bool
+
+
+def _look_often(victim: Model, x: Images, y: Labels) -> _Looks:
+    """Several passes of the same images: random is whatever changes logits or a prediction."""
+    with pristine(victim, seed=0), torch.no_grad():
+        outputs = torch.stack([victim(x) for _ in range(_PASSES)])
+    spread = largest_distance(outputs)
+    counts = (outputs.argmax(2) == y).sum(1)
+    return _Looks(outputs, spread, spread > SPREAD or bool(counts.min() != counts.max()))
 
 
 def largest_distance(outputs: Tensor) -> float:

@@ -14,6 +14,7 @@ from robustbench_local.attacks import Attack
 from robustbench_local.data import Split
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation.judge import Verdict, exact, judge
+from robustbench_local.gradients import is_randomized
 from robustbench_local.oracle import Oracle
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import BudgetError, ThreatModel
@@ -110,8 +111,9 @@ def evaluate_curve(
 ) -> list[Outcomes]:
     """Robust accuracy at each epsilon, otherwise under the oracle's threat model.
 
-    An attack that serves a radius for each example meets all epsilons in one batch, one that looks
-    for the smallest perturbation runs once at the largest; any other runs once for each.
+    An attack that serves a radius for each example meets all epsilons in one batch, unless the
+    victim draws random numbers; one that looks for the smallest perturbation runs once at the
+    largest; any other runs once for each.
 
     Where the device runs out of memory the batch is halved and the work goes on, which `say` is
     told. The draws of our own attacks belong to the example, so their numbers on a deterministic
@@ -122,10 +124,17 @@ def evaluate_curve(
     its threat model: neither a crash nor a foul of an attack ever counts as robustness.
     """
     judging = judging or Judging()
+    randomized = is_randomized(oracle)
+    if randomized and getattr(attack, "target", None) == "least_likely":
+        raise UserError(
+            "attack.target=least_likely changes with every look at a victim that draws random "
+            "numbers; type attack.target=next or attack.target=random"
+        )
     threats = [replace(oracle.threat, epsilon=epsilon) for epsilon in epsilons]
     hardest = max(range(len(threats)), key=lambda place: threats[place].epsilon)
-    together = sum(epsilon > 0 for epsilon in epsilons) if attack.per_example_radius else 0
-    images_of = 1 if attack.minimum_norm else max(1, together)  # in the batch, for each image
+    # Sharing a batch would change the draws of each radius.
+    shares = attack.per_example_radius and not attack.minimum_norm and not randomized
+    images_of = max(1, sum(epsilon > 0 for epsilon in epsilons)) if shares else 1
     parts: list[list[PerExample]] = []
     costs = [_Cost() for _ in threats]
     start, robust = 0, 0.0
@@ -154,15 +163,23 @@ def evaluate_curve(
     return [
         Outcomes(
             point,
-            radii_at_once=len(threats) if attack.minimum_norm else max(1, together),
+            radii_at_once=_radii_at_once(attack, threat, threats, images_of),
             forward_passes=cost.forward / max(1, int(point.attacked.sum())),
             backward_passes=cost.backward / max(1, int(point.attacked.sum())),
             attack_seconds=cost.attack_seconds,
             judge_seconds=cost.judge_seconds,
             batch_size=batch_size,
         )
-        for point, cost in zip(curve, costs, strict=True)
+        for threat, point, cost in zip(threats, curve, costs, strict=True)
     ]
+
+
+def _radii_at_once(
+    attack: Attack, threat: ThreatModel, threats: Sequence[ThreatModel], images_of: int
+) -> int:
+    if attack.minimum_norm:
+        return len(threats)
+    return images_of if threat.epsilon > 0 else 1
 
 
 def _attack_batch(
@@ -180,16 +197,20 @@ def _attack_batch(
     began = _now(x)
     clean = _verdict(oracle, threats[0], x, x, y, judging, "clean", rows)
     attacked = clean.correct.any(1)
-    wanted, targeted = attack.goal(oracle.victim, x, y)
+    with exact():
+        wanted, targeted = attack.goal(oracle.victim, x, y)
     looking = _now(x) - began
 
     chosen = attacked.to(x.device)
     found = [x[chosen]] * len(threats)
     if attacked.any():  # not every model takes an empty batch
-        if judging.reseed is not None:
-            judging.reseed(derive_seed(judging.seed, "attack", int(rows[0])))
+
+        def reseed() -> None:
+            if judging.reseed is not None:
+                judging.reseed(derive_seed(judging.seed, "attack", int(rows[0])))
+
         with exact():
-            found = _find(oracle, attack, threats, x[chosen], y[chosen], costs)
+            found = _find(oracle, attack, threats, x[chosen], y[chosen], costs, reseed)
 
     results = []
     for threat, x_adv, cost in zip(threats, found, costs, strict=True):
@@ -229,8 +250,13 @@ def _find(
     x: Images,
     y: Labels,
     costs: Sequence["_Cost"],
+    reseed: Callable[[], None],
 ) -> list[Images]:
-    """What the attack makes of the images under each threat model, and what each has cost."""
+    """What the attack makes of the images under each threat model, and what each has cost.
+
+    `reseed` puts the victim's own generators where a run of one radius finds them.
+    """
+    reseed()
     if len(threats) > 1 and attack.minimum_norm:
         oracle.begin(len(x))
         largest = max(threats, key=lambda threat: threat.epsilon)
@@ -239,11 +265,12 @@ def _find(
         sizes = largest.size(nearest, x)
         inside = [(sizes <= threat.epsilon).view(-1, 1, 1, 1) for threat in threats]
         return [torch.where(mask, nearest, x) for mask in inside]
-    if len(threats) > 1 and attack.per_example_radius:
+    if len(threats) > 1 and attack.per_example_radius and not is_randomized(oracle):
         return _find_at_once(oracle, attack, threats, x, y, costs)
     found = []
     for threat, cost in zip(threats, costs, strict=True):
         oracle.begin(len(x))
+        reseed()
         with _counted(oracle, x, [cost], shares=1):
             found.append(attack(oracle, x, y, threat))
     return found

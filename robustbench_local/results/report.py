@@ -43,7 +43,7 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
         table.add_row(escape(record["labels"]["attack"]), *cells)
     console.print(table)
     for record in records:
-        _show_parts(record, console)
+        _show_parts(record, console, several=len(records) > 1)
     for sentence in dict.fromkeys(sentence for record in records for sentence in doubts(record)):
         console.print(f"[yellow]note[/yellow] {escape(sentence)}", soft_wrap=True)
     state = "recorded" if recorded == 0 else f"{recorded} of {len(records)} recorded before"
@@ -53,12 +53,13 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
     console.print(f"{state}: run {run_ids}; table: {escape(str(leaderboard))}", soft_wrap=True)
 
 
-def _show_parts(record: Record, console: Console) -> None:
+def _show_parts(record: Record, console: Console, *, several: bool) -> None:
     """What an attack reports beside accuracies: the parts of a cascade, or single figures."""
     report = dict(record["attack_report"])
+    at = f", epsilon {record['config']['threat']['epsilon']:.4g}" if several else ""
     parts = report.pop("parts", None)
     if parts:
-        heading = f"{record['labels']['attack']}, part by part, each on the survivors"
+        heading = f"{record['labels']['attack']}, part by part, each on the survivors{at}"
         table = Table(title=escape(heading), title_justify="left")
         table.add_column("part", overflow="fold")
         for column in ("attacked", "broken", "forward", "backward", "s"):
@@ -75,11 +76,15 @@ def _show_parts(record: Record, console: Console) -> None:
     if rate is not None:
         figures.append(f"reached the target class: {_percent(rate)} of the images attacked")
     for figure in figures:
-        console.print(escape(figure), soft_wrap=True)
+        console.print(escape(figure + at), soft_wrap=True)
 
 
 def _plain(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):  # the models of a transfer attack
+        return ", ".join(f"{each['name']} ({each['sha256'][:8]})" for each in value)
+    return str(value)
 
 
 def doubts(record: Record) -> list[str]:

@@ -230,7 +230,8 @@ def test_a_real_cascade_is_the_worst_case_of_its_parts(
     assert accuracy(digit_model, cascade(digit_model, x, y, threat), y) == pytest.approx(
         float((~broken).double().mean()), abs=0.011
     )
-    lines = cascade.report(THREAT)["parts"]
+    lines = cascade.report(threat)["parts"]
+    assert [line["name"] for line in lines] == list(parts)
     for before, after in pairwise(lines):
         assert after["attacked"] == before["attacked"] - before["broken"]
 

@@ -10,7 +10,7 @@ from conftest import LinearVictim
 from robustbench_local.attacks import APGD, PGD, Attack, Cascade, Noise, Square
 from robustbench_local.data import Split
 from robustbench_local.errors import UserError
-from robustbench_local.evaluation import evaluate, evaluate_curve
+from robustbench_local.evaluation import Judging, evaluate, evaluate_curve
 from robustbench_local.oracle import Oracle
 from robustbench_local.threat import BudgetError, ThreatModel
 
@@ -64,7 +64,7 @@ def test_radii_attacked_at_once_give_what_each_gives_alone(attack, norm):
     )
     attacked = points[0].examples.attacked.sum()
     assert oracle.forward_passes == pytest.approx(sum(passes) * attacked)
-    assert {point.radii_at_once for point in points} == {4}
+    assert [point.radii_at_once for point in points] == [1, 4, 4, 4, 4]
 
 
 def test_the_curve_falls_and_starts_at_the_clean_accuracy():
@@ -137,6 +137,40 @@ def test_the_smallest_perturbation_gives_the_curve_in_one_pass():
     changed = single(Nearest(), 0.3).examples.robust_correct
     for point in points[2:]:
         assert (point.examples.robust_correct == changed).all()
+
+
+def test_of_a_random_victim_every_radius_is_the_run_it_would_be_alone():
+    class Own(torch.nn.Module):
+        """Draws from a generator of its own, as a defense does."""
+
+        randomized = True
+
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.generator = model, torch.Generator()
+
+        def forward(self, x):
+            return self.model(x) + 0.1 * torch.randn(len(x), 3, generator=self.generator)
+
+    def looks(radii):
+        model, split = victim_and_split()
+        model = Own(model)
+        threat = ThreatModel(norm="linf", epsilon=radii[0])
+        judging = Judging(draws=5, reseed=model.generator.manual_seed)
+        attack = PGD(steps=4, eot_samples=2)
+        points = evaluate_curve(
+            Oracle(model, threat, 3), attack, split, radii, batch_size=25, judging=judging
+        )
+        return [point.examples.robust_correct for point in points]
+
+    several = looks([0.02, 0.05, 0.15])
+    for radius, point in zip([0.02, 0.05, 0.15], several, strict=True):
+        np.testing.assert_array_equal(point, looks([radius])[0])
+
+
+def test_the_least_likely_class_of_a_random_victim_is_refused():
+    with pytest.raises(UserError, match="changes with every look"):
+        curve(PGD(target="least_likely"), randomized=True)
 
 
 def test_each_radius_has_the_costs_of_its_own_attack():

@@ -149,6 +149,27 @@ def test_a_cascade_that_fits_the_victim_ranks_a_row(store, attack, judge_draws, 
     assert line["status"] == status
 
 
+def test_of_a_random_victim_the_strongest_attack_counts_and_one_good_cascade_is_enough(store):
+    """The least of several noisy shares would fall with every attack added."""
+    single_draw = {"flags": [("randomized", True)], "judge_draws": 10}
+    add(store, "a", [0.9, 0.2, 0.4, 0.5], attack="standard_rand", judge_draws=10)
+    add(store, "b", [0.5, 0.9, 0.9, 0.9], attack="noise", **single_draw)
+    (line,) = fold(store).to_dict("records")
+    assert line["worst_case"] == line["standard_rand"] == pytest.approx(0.5)
+    assert (line["status"], line["flags"]) == ("ranked", "randomized")
+    add(store, "c", [0.5, 0.9, 0.9, 0.9], attack="noise", seed=1, **single_draw)
+    add(store, "d", [0.5, 0.9, 0.9, 0.9], attack="standard_rand", seed=1, **single_draw)
+    lines = fold(store).to_dict("records")
+    assert [line["status"] for line in lines] == ["ranked"]
+
+
+def test_a_random_victim_without_averages_is_withheld(store):
+    flagged = {"flags": [("randomized", True)], "judge_draws": 10}
+    add(store, "a", [1, 0], attack="standard", **flagged)
+    (line,) = fold(store).to_dict("records")
+    assert line["status"] == "withheld"
+
+
 def test_different_rows_do_not_merge(store):
     add(store, "a", [1, 1])
     add(store, "b", [0, 0], train="mnist-epochs1")
