@@ -1,10 +1,13 @@
 """Victims whose answer is known, and one small network trained on real digits."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -160,6 +163,19 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
         return float((model(x).argmax(1) == y).double().mean())
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much of a benchmark to run: little in CI, more for figures that are published."""
+    parser.addoption("--pixel-images", type=int, default=3, help="images of the one-pixel races")
+
+
+@pytest.fixture(scope="session")
+def pixel_images(request: pytest.FixtureRequest) -> int:
+    """Images that each library attacks in the one-pixel races."""
+    count = request.config.getoption("--pixel-images")
+    assert isinstance(count, int)
+    return count
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The 5,000 real MNIST images that need no download."""
@@ -184,8 +200,21 @@ def digit_model(digits: Dataset, digit_images: tuple[Tensor, Tensor]) -> nn.Modu
 
 
 @pytest.fixture(scope="session")
-def robust_digit_model(digits: Dataset) -> nn.Module:
+def robust_digit_model(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     """A network trained on PGD examples of linf 0.3; about 40 seconds, for slow tests only."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return _robust_digit_model(digits)
+    # One process trains for all: the parent of its folder is that of the whole session.
+    file = tmp_path_factory.getbasetemp().parent / "robust_digit_model.safetensors"
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            save_file(_robust_digit_model(digits).state_dict(), file)
+    model = digit_cnn(32).eval().requires_grad_(False)
+    model.load_state_dict(load_file(file))
+    return model
+
+
+def _robust_digit_model(digits: Dataset) -> nn.Module:
     x, y = digits.train.pixels(slice(None)), digits.train.labels
     epochs = 20
     radii = iter(0.6 * torch.arange(epochs * len(x) // 100) / (epochs * len(x) // 100))

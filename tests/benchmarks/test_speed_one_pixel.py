@@ -124,19 +124,18 @@ def race(model: nn.Module, x: Tensor, y: Tensor) -> Race:
     return Race(seconds, wall, queries, broken, len(x))
 
 
-def chosen(
-    model: nn.Module, x: Tensor, y: Tensor, close: int, others: int
-) -> tuple[Tensor, Tensor]:
-    """Some of the images nearest to another class, and some of the others the model gets right.
+def chosen(model: nn.Module, x: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """A third of them nearest to another class, the rest from the middle of those it has right.
 
-    The first are what one pixel may turn, the second cost all the time there is.
+    The first are what one pixel may turn, the others cost all the time there is.
     """
+    close = max(1, count // 3)
     with torch.no_grad():
         logits = model(x)
     margin = logits.gather(1, y[:, None]) - logits.scatter(1, y[:, None], -torch.inf).amax(1, True)
     right = (margin[:, 0] > 0).nonzero().squeeze(1)
     order = right[margin[right, 0].argsort()]
-    rows = torch.cat((order[:close], order[len(order) // 2 :][:others]))
+    rows = torch.cat((order[:close], order[len(order) // 2 :][: count - close]))
     return x[rows], y[rows]
 
 
@@ -149,10 +148,13 @@ def check(result: Race, torchattacks_ratio: float, art_ratio: float) -> None:
 
 
 def test_one_pixel_on_a_digit_network(
-    benchmark: BenchmarkFixture, digits: Dataset, digit_images: tuple[Tensor, Tensor]
+    benchmark: BenchmarkFixture,
+    digits: Dataset,
+    digit_images: tuple[Tensor, Tensor],
+    pixel_images: int,
 ) -> None:
     model = train(digit_cnn(32), digits.train.pixels(slice(None)), digits.train.labels, epochs=6)
-    x, y = chosen(model, *digit_images, close=1, others=2)
+    x, y = chosen(model, *digit_images, pixel_images)
     result = benchmark.pedantic(race, args=(model, x, y), rounds=1)
     benchmark.extra_info.update(result.summary())
     check(result, torchattacks_ratio=5, art_ratio=6)
@@ -164,7 +166,10 @@ def as_cifar(x: Tensor) -> Tensor:
 
 
 def test_one_pixel_on_a_residual_network(
-    benchmark: BenchmarkFixture, digits: Dataset, digit_images: tuple[Tensor, Tensor]
+    benchmark: BenchmarkFixture,
+    digits: Dataset,
+    digit_images: tuple[Tensor, Tensor],
+    pixel_images: int,
 ) -> None:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -174,7 +179,7 @@ def test_one_pixel_on_a_residual_network(
     train(model, x, y, epochs=4, batch_size=50)
     images, labels = as_cifar(digit_images[0]), digit_images[1]
     assert accuracy(model, images, labels) >= 0.9
-    x, y = chosen(model, images, labels, close=1, others=1)
+    x, y = chosen(model, images, labels, pixel_images)
     result = benchmark.pedantic(race, args=(model, x, y), rounds=1)
     benchmark.extra_info.update(result.summary())
     check(result, torchattacks_ratio=1.8, art_ratio=1.3)

@@ -30,8 +30,6 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.slow
 
 EPSILON, STEP, STEPS, BATCH = 0.3, 0.01, 40, 500
-NOISE = 0.97
-"""Identical work differs by up to 3% on a machine that does other things too."""
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 
@@ -156,4 +154,6 @@ def test_pgd_40_on_a_robust_network(
     result = benchmark.pedantic(race, args=(robust_digit_model, x, y, 3), rounds=1)
     benchmark.extra_info.update(result.summary())
     assert result.left["ours"] <= min(result.left.values()) + 0.003
-    assert result.ratio("torchattacks") >= 1.0 * NOISE, result.summary()
+    assert result.ratio("torchattacks") >= 1, result.summary()
+    assert result.ratio("art") >= 1, result.summary()
+    assert result.ratio("foolbox") >= 1, result.summary()
