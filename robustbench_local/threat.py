@@ -34,6 +34,18 @@ def parse_epsilon(value: object) -> float:
         ) from None
 
 
+def check_box(x: Images) -> None:
+    """Raise `UserError` for pixels outside [0, 1] or NaN."""
+    if x.numel() == 0:
+        return
+    low, high = (float(value) for value in torch.aminmax(x.detach()))
+    if not 0 <= low <= high <= 1:  # also false for NaN
+        raise UserError(
+            f"images hold pixels from {low:g} to {high:g}; expected float32 in [0, 1]: divide by "
+            "255 and leave normalisation to the model's first layer"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ThreatModel:
     """The set of perturbed images an attack may return, and what it may ask the victim.

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
+
 from robustbench_local.attacks.target import check_class, choose_targets
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import pristine
-from robustbench_local.threat import ThreatModel
+from robustbench_local.threat import ThreatModel, check_box
 from robustbench_local.types import Access, Images, Labels, Model, Norm
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ class Attack(ABC):
         """
         self.require(threat)
         threat.check_fits(x.shape[1:])
+        check_batch(x, y)
         x = x.detach()
         if threat.epsilon == 0 or len(x) == 0:
             return x.clone()
@@ -106,6 +109,21 @@ class Attack(ABC):
     @abstractmethod
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """The attack itself; the model is frozen and in eval mode, `threat.epsilon` above 0."""
+
+
+def check_batch(x: Images, y: Labels) -> None:
+    """Raise `UserError` for images that are none, and for labels that do not go with them."""
+    if x.dim() != 4 or not x.is_floating_point():
+        raise UserError(
+            f"images are {x.dtype} of shape {tuple(x.shape)}; expected float32 of shape "
+            "(N, C, H, W) with pixels in [0, 1]: type x.float() / 255 for 8-bit images"
+        )
+    if y.dtype != torch.int64 or y.shape != (len(x),):
+        raise UserError(
+            f"labels are {y.dtype} of shape {tuple(y.shape)}; expected int64 of shape ({len(x)},), "
+            "one for each image: type y.long()"
+        )
+    check_box(x)
 
 
 def require_count(name: str, value: object) -> None:

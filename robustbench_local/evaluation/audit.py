@@ -60,9 +60,8 @@ def audit(
 def _subset(data: Dataset) -> Iterator[Flag]:
     n = len(data.test)
     if n < _SMALLEST_SUBSET or n < data.test_total or data.source == "embedded":
-        yield Flag(
-            "subset", False, n, f"measured on {n} of {data.test_total} test images of {data.name}"
-        )
+        part = f"{n} of {data.test_total}" if n < data.test_total else f"all {n}"
+        yield Flag("subset", False, n, f"measured on {part} test images of {data.name}")
 
 
 def _forward_checks(victim: Model, x: Images, y: Labels, eot_samples: int) -> Iterator[Flag]:

@@ -15,7 +15,7 @@ from robustbench_local.errors import UserError
 from robustbench_local.gradients import deterministic, pristine, seed_global
 from robustbench_local.oracle import check_logits
 from robustbench_local.randomness import derive_seed
-from robustbench_local.threat import ThreatModel
+from robustbench_local.threat import ThreatModel, check_box
 from robustbench_local.types import Images, Labels, Model
 
 VERSION = 1
@@ -90,12 +90,7 @@ def check_images(x: Images, y: Labels, num_classes: int) -> None:
     """Raise `UserError` for pixels outside [0, 1] or NaN, and for labels out of range."""
     if len(x) == 0:
         return
-    low, high = (float(value) for value in torch.aminmax(x))
-    if not 0 <= low <= high <= 1:  # also false for NaN
-        raise UserError(
-            f"images hold pixels from {low:g} to {high:g}; expected float32 in [0, 1]: divide by "
-            "255 and leave normalisation to the model's first layer"
-        )
+    check_box(x)
     if int(y.min()) < 0 or int(y.max()) >= num_classes:
         raise UserError(
             f"labels run from {int(y.min())} to {int(y.max())}; expected 0 to {num_classes - 1}"

@@ -44,6 +44,12 @@ def _read(path: Path) -> object:
     if not path.is_file() or path.stat().st_size == 0:
         state = "is empty" if path.is_file() else "is not a file" if path.exists() else "is missing"
         raise UserError(f"model.checkpoint={path} {state}; {expected}: type model.checkpoint=FILE")
+    with path.open("rb") as file:
+        begins = file.read(2)
+    if path.suffix != ".safetensors" and begins != b"PK" and begins[:1] != b"\x80":
+        raise UserError(
+            f"model.checkpoint={path} holds no weights; {expected}: type model.checkpoint=FILE"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

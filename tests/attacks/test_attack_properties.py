@@ -8,6 +8,7 @@ from conftest import Masked, accuracy, plain_pgd
 from torch import Tensor, nn
 
 from robustbench_local.attacks import PGD, Attack, Noise
+from robustbench_local.errors import UserError
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Norm
 
@@ -157,3 +158,25 @@ def test_more_steps_and_restarts_change_little(
     default = robust(robust_digit_model, some, PGD(), norm, epsilon)
     thorough = robust(robust_digit_model, some, PGD(steps=100, restarts=4), norm, epsilon)
     assert thorough <= default <= thorough + 0.06
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x, y: (255 * x, y), r"pixels from .* divide by 255"),
+        (lambda x, y: (x - 0.5, y), "pixels from -"),
+        (lambda x, y: (x / 0, y), "pixels from"),
+        (lambda x, y: ((255 * x).byte(), y), r"uint8 .* type x\.float\(\) / 255"),
+        (lambda x, y: (x[0], y), "expected float32 of shape"),
+        (lambda x, y: (x, y.float()), r"labels are torch\.float32 .* type y\.long\(\)"),
+        (lambda x, y: (x, y[:2]), r"labels are torch\.int64 of shape \(2,\)"),
+    ],
+)
+def test_images_and_labels_that_are_none_are_told_before_anything_is_asked(change, said):
+    class Never(torch.nn.Module):
+        def forward(self, x):
+            raise AssertionError("asked")
+
+    x, y = torch.rand(3, 1, 4, 4).clamp(0.1, 0.9), torch.tensor([0, 1, 0])
+    with pytest.raises(UserError, match=said):
+        PGD()(Never(), *change(x, y), ThreatModel(norm="linf", epsilon=0.1))

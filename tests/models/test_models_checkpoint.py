@@ -92,6 +92,12 @@ def test_code_in_a_file_is_refused_and_never_run(tmp_path, writer):
     assert not trace.exists()
 
 
+def test_a_file_of_another_kind_is_not_called_code(tmp_path):
+    (tmp_path / "w.pt").write_text("# Weights\n")
+    with pytest.raises(UserError, match=r"w\.pt holds no weights; expected a \.safetensors"):
+        load_checkpoint(make_model(), tmp_path / "w.pt")
+
+
 def test_a_whole_pickled_model_is_refused(tmp_path):
     torch.save(make_model(), tmp_path / "w.pt")
     with pytest.raises(UserError, match=r"pickled code.*state_dict\(\)"):
