@@ -1,7 +1,8 @@
 """Victims whose answer is known, and one small network trained on real digits."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,18 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much of a benchmark to run: little in CI, more for figures that are published."""
     parser.addoption("--pixel-images", type=int, default=3, help="images of the one-pixel races")
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """What a run inside a test does to the root logger ends with the test.
+
+    At its level ART formats messages that NumPy 2 refuses.
+    """
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
