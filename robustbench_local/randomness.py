@@ -11,7 +11,7 @@ import hashlib
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustbench_local.types import Images
 
@@ -42,6 +42,13 @@ def derive_seed(*parts: object) -> int:
     """A 63-bit seed from any printable parts; the same parts give the same seed on any machine."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def reseed(victim: nn.Module, seed: int) -> None:
+    """Start the draws of every part with a `reseed` of its own anew, each from its own seed."""
+    parts = [part for part in victim.modules() if hasattr(part, "reseed")]
+    for number, part in enumerate(parts):
+        part.reseed(derive_seed(seed, "wrap", number))  # type: ignore[operator]
 
 
 class Draws:

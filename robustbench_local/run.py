@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from robustbench_local.defenses import Defense
 from robustbench_local.display import Display
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation import SAMPLE, Judging, audit, evaluate_curve, exact, is_random
-from robustbench_local.identity import file_sha256
+from robustbench_local.identity import class_version, file_sha256, find_object
 from robustbench_local.models import build_model, check_model, load_checkpoint, model_key
 from robustbench_local.oracle import Oracle
 from robustbench_local.results import Record, Store, write_leaderboard
@@ -29,7 +29,7 @@ from robustbench_local.results.report import show
 from robustbench_local.results.store import check_writable
 from robustbench_local.sources import get_sources
 from robustbench_local.threat import ThreatModel, parse_epsilon
-from robustbench_local.training import Schedule, Trained, fit
+from robustbench_local.training import Schedule, Trained, Workshop
 
 
 def run_from_hydra(config: DictConfig) -> list[Record]:
@@ -79,7 +79,9 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
     missing = {n: point for n, point in zip(run_ids, points, strict=True) if n not in records}
     recorded = len(records)
     if missing:
-        trained = get_model(settings, data, defense, device, cache, display)
+        workshop = make_workshop(settings, data, defense, device, cache, display)
+        trained = get_model(settings, defense, workshop)
+        defense = defense.fit(replace(workshop, network=trained))
         victim = defense.apply(trained.model)
         sample = min(SAMPLE, config.batch_size)
         with exact():
@@ -210,46 +212,66 @@ def build(node: DictConfig) -> Any:
 
 
 def build_defense(node: DictConfig) -> Defense:
-    """Both halves; anything else in the group is a `UserError`."""
-    unknown = sorted(set(map(str, node)) - {"recipe", "wrap"})
+    """All its parts; anything else in the group is a `UserError`."""
+    parts = ("recipe", "wrap", "regularize")
+    unknown = sorted(set(map(str, node)) - set(parts))
     if unknown:
         raise UserError(
-            f"defense.{unknown[0]} is not a key of a defense; expected recipe and wrap: type "
-            "+defense.recipe.NAME or +defense.wrap.NAME"
+            f"defense.{unknown[0]} is not a key of a defense; expected recipe, wrap and "
+            "regularize: type +defense.recipe.NAME, +defense.wrap.NAME or +defense.regularize.NAME"
         )
-    return Defense(recipe=build(node.recipe), wrap=build(node.wrap))
+    return Defense(**{part: build(node[part]) for part in parts})
 
 
-def get_model(
+def make_workshop(
     settings: Mapping[str, Any],
     data: Dataset,
     defense: Defense,
     device: torch.device,
     cache: Path,
     display: Display,
-) -> Trained:
+) -> Workshop:
+    """What trains every network of the run."""
+    model = {**settings["model"], "checkpoint": None}
+    schedule = Schedule.from_config(settings["train"])
+    mixed = schedule.mixed_precision and device.type == "cuda"
+    key: dict[str, object] = {
+        "model": model_key(model),
+        "precision": "mixed" if mixed else "float32",
+    }
+    if defense.trained_through:
+        # In their order; undefended weights keep the key they have without.
+        wraps = settings["defense"]["wrap"]
+        key["through"] = [describe_part(wraps[name]) for name in defense.trained_through]
+    return Workshop(
+        data=data,
+        device=device,
+        cache=cache,
+        seed=settings["seed"],
+        schedule=schedule,
+        build=lambda: build_model(model, data),
+        model=key,
+        through=defense.through if defense.trained_through else None,
+        console=display.errors,
+    )
+
+
+def describe_part(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of a defense as it decides weights: its settings and its code."""
+    return {**node, "code": class_version(find_object(str(node["_target_"])))}
+
+
+def get_model(settings: Mapping[str, Any], defense: Defense, workshop: Workshop) -> Trained:
     """The user's own weights where a checkpoint is given, else trained or from the cache."""
-    model = settings["model"]
+    model, data, device = settings["model"], workshop.data, workshop.device
     if model["checkpoint"] is not None:
         file = Path(str(model["checkpoint"])).expanduser()
         network = build_model(model, data).to(device)
         load_checkpoint(network, file)
         check_model(network, data, device)
         return Trained.given(network.eval(), file_sha256(file))
-    check_model(build_model(model, data), data, "cpu")  # before minutes are spent on it
-    schedule = Schedule.from_config(settings["train"])
-    mixed = schedule.mixed_precision and device.type == "cuda"
-    return fit(
-        lambda: build_model(model, data),
-        data,
-        defense.training_recipe,
-        schedule,
-        seed=settings["seed"],
-        device=device,
-        cache=cache,
-        key={"model": model_key(model), "precision": "mixed" if mixed else "float32"},
-        console=display.errors,
-    )
+    check_model(workshop.build(), data, "cpu")  # before minutes are spent on it
+    return workshop.classifier(defense.training_recipe.prepare(workshop))
 
 
 def equip(
@@ -266,7 +288,8 @@ def equip(
     def train(seed: int) -> Trained:
         model = {**settings["model"], "checkpoint": None}
         own = {**settings, "seed": seed, "model": model}
-        return get_model(own, data, Defense(), device, cache, display)
+        workshop = make_workshop(own, data, Defense(), device, cache, display)
+        return get_model(own, Defense(), workshop)
 
     return attack.with_models(
         get_sources(attack.sources, settings, data, victim, train=train, device=device)
@@ -291,7 +314,7 @@ def name_row(
         # Two files may have the same name: the hash tells them apart.
         file = Path(str(checkpoint)).expanduser()
         model, train = f"{model}-{file.stem}-{file_sha256(file)[:8]}", "checkpoint"
-    defenses = [named("defense", name) for name in (*defense.recipe, *defense.wrap)]
+    defenses = [named("defense", name) for name in defense.names]
     return {
         "dataset": data.name,
         "model": model,

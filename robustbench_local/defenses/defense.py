@@ -1,10 +1,10 @@
-"""A defense: at most one recipe, and any number of wraps in order."""
+"""A defense: at most one recipe, what strengthens it, and any number of wraps in order."""
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import nn
 
@@ -12,12 +12,19 @@ from robustbench_local.defenses.preprocess import Preprocess
 from robustbench_local.defenses.recipe import Recipe, Standard
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import is_randomized
-from robustbench_local.randomness import derive_seed
+from robustbench_local.randomness import reseed
 from robustbench_local.types import Images, Logits, Model
+
+if TYPE_CHECKING:
+    from robustbench_local.training.workshop import Workshop
 
 Wrapper: TypeAlias = Callable[[Model], Model]
 """Builds the defended model around a model. Where that draws random numbers, the module it returns
-has `randomized = True` and `reseed(seed)`, like a `Preprocess`."""
+has `randomized = True`, `reseed(seed)` and `eot_samples`, like a `Preprocess`. It may have
+`in_training`, `at_run_time` and `fit` as well."""
+
+Regularizer: TypeAlias = Callable[[Recipe], Recipe]
+"""Makes another recipe of a recipe, such as one that also perturbs the weights."""
 
 
 class Wrapped(nn.Module):
@@ -36,16 +43,18 @@ class Wrapped(nn.Module):
 
 @dataclass(frozen=True)
 class Defense:
-    """What protects a model: `recipe` in training, `wrap` at run time. Both are keyed by name.
+    """What protects a model: `recipe` in training, `wrap` at run time. All are keyed by name.
 
-    The first wrap named is the first applied to the pixels. Raises `UserError` for two recipes.
+    `regularize` holds what goes on top of the recipe. The first wrap named is the first applied to
+    the pixels. Raises `UserError` for two recipes.
     """
 
     recipe: Mapping[str, Recipe] = field(default_factory=dict)
     wrap: Mapping[str, Wrapper | Preprocess] = field(default_factory=dict)
+    regularize: Mapping[str, Regularizer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for half in ("recipe", "wrap"):
+        for half in ("recipe", "regularize", "wrap"):
             for name, part in getattr(self, half).items():
                 if not (isinstance(part, Recipe) if half == "recipe" else callable(part)):
                     raise UserError(
@@ -60,38 +69,75 @@ class Defense:
             )
 
     @property
+    def names(self) -> list[str]:
+        """The names of all parts, the recipe first."""
+        return [*self.recipe, *self.regularize, *self.wrap]
+
+    @property
     def name(self) -> str:
-        """The names joined by "+", the recipe first; "none" where there are none."""
-        return "+".join([*self.recipe, *self.wrap]) or "none"
+        """The names joined by "+"; "none" where there are none."""
+        return "+".join(self.names) or "none"
 
     @property
     def training_recipe(self) -> Recipe:
-        """The recipe, or plain training."""
-        return next(iter(self.recipe.values()), Standard())
+        """The recipe, or plain training, with what goes on top of it."""
+        recipe = next(iter(self.recipe.values()), Standard())
+        for strengthen in self.regularize.values():
+            recipe = strengthen(recipe)
+        return recipe
+
+    @property
+    def trained_through(self) -> list[str]:
+        """The names of the wraps that the network is trained behind."""
+        return [name for name, step in self.wrap.items() if getattr(step, "in_training", False)]
+
+    @property
+    def faced(self) -> list[str]:
+        """The names of the wraps that an attacker faces."""
+        return [name for name, step in self.wrap.items() if getattr(step, "at_run_time", True)]
+
+    def fit(self, workshop: "Workshop") -> "Defense":
+        """The same defense with its wraps trained, as far as they learn something themselves."""
+        fitted = {
+            name: step.fit(workshop) if hasattr(step, "fit") else step
+            for name, step in self.wrap.items()
+        }
+        return replace(self, wrap=fitted)
 
     def apply(self, model: Model) -> Model:
         """What the attacker faces: `model` itself, inside the wraps.
 
         Every call makes transforms of its own, so that two victims share no random draws.
         """
-        victim = model
-        for step in reversed(list(self.wrap.values())):  # the first one named ends up outermost
+        return self._inside(model, self.faced)
+
+    def through(self, model: Model) -> Model:
+        """What recipes train: `model` itself, inside the wraps that take part in training."""
+        return self._inside(model, self.trained_through)
+
+    def _inside(self, model: Model, names: list[str]) -> Model:
+        for name in reversed(names):  # the first one named ends up outermost
+            step = self.wrap[name]
             if isinstance(step, Preprocess):
-                victim = Wrapped(copy.deepcopy(step), victim)
+                model = Wrapped(copy.deepcopy(step), model)
             else:
-                victim = step(victim)
-        return victim
+                model = step(model)
+        return model
 
     def randomized(self, victim: Model) -> bool:
         """Whether any part of the victim draws random numbers."""
         return is_randomized(victim)
 
-    def reseed(self, victim: Model, seed: int) -> None:
-        """Start the draws of every randomised part anew, each from a seed of its own."""
-        parts = [part for part in victim.modules() if hasattr(part, "reseed")]
-        for number, part in enumerate(parts):
-            part.reseed(derive_seed(seed, "wrap", number))  # type: ignore[operator]
-
     def reseeder(self, victim: Model) -> Callable[[int], None]:
-        """`reseed` for this victim, as a function of the seed."""
-        return partial(self.reseed, victim)
+        """`randomness.reseed` for this victim, as a function of the seed."""
+        return partial(reseed, victim)
+
+
+def declared_samples(victim: Model) -> int:
+    """Draws that an attacker averages: the most that a random part of the victim declares."""
+    asked = [
+        int(getattr(part, "eot_samples", Preprocess.eot_samples))
+        for part in victim.modules()
+        if getattr(part, "randomized", False) is True
+    ]
+    return max(asked, default=Preprocess.eot_samples)

@@ -1,12 +1,15 @@
 """The base of run-time transforms: exact forward, a gradient the attacker can use backward."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from robustbench_local.types import Images
+
+if TYPE_CHECKING:
+    from robustbench_local.training.workshop import Workshop
 
 
 class Preprocess(nn.Module, ABC):
@@ -18,14 +21,20 @@ class Preprocess(nn.Module, ABC):
     has a useful gradient of its own says `differentiable = True` and needs no surrogate.
 
     One that draws random numbers says `randomized = True` and takes them from `generator`, never
-    from torch's global one.
+    from torch's global one; `eot_samples` is how many draws an attacker who knows it averages.
+
+    With `in_training` recipes train the network behind the transform; without `at_run_time` it is
+    left out of the victim.
     """
 
-    randomized: ClassVar[bool] = False
+    randomized: bool = False
     differentiable: ClassVar[bool] = False
+    eot_samples: int = 20
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_training: bool = False, at_run_time: bool = True) -> None:
         super().__init__()
+        self.in_training = in_training
+        self.at_run_time = at_run_time
         self._seed = 0
         self._generators: dict[torch.device, torch.Generator] = {}
 
@@ -36,6 +45,10 @@ class Preprocess(nn.Module, ABC):
     def surrogate(self, x: Images) -> Images:
         """A differentiable stand-in, same shape as `transform`'s; only its gradient counts."""
         return x
+
+    def fit(self, workshop: "Workshop") -> Self:
+        """Train what the transform itself has to learn, for `workshop.network`. Here nothing."""
+        return self
 
     def forward(self, x: Images) -> Images:
         """The value of `transform`, with the gradient of `surrogate`."""

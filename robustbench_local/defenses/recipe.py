@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from robustbench_local.types import Images, Labels, Logits, Model
 if TYPE_CHECKING:
     from robustbench_local.attacks import Attack
     from robustbench_local.threat import ThreatModel
+    from robustbench_local.training.workshop import Workshop
 
 Criterion: TypeAlias = Callable[[Logits, Labels], Tensor]
 """Mean loss of a batch, a scalar: cross-entropy with the schedule's label smoothing."""
@@ -22,11 +23,15 @@ class Recipe(ABC):
     """Decides the weights. Subclasses are frozen dataclasses; their fields enter the cache key.
 
     Fields may be plain values, other dataclasses (an attack, a threat model), and lists or mappings
-    of these. `adversarial` says whether the loss is taken on perturbed images; such a recipe names
-    a `validation_attack`.
+    of these; those with `compare=False` are no settings. `adversarial` says whether the loss is
+    taken on perturbed images; such a recipe names a `validation_attack`.
     """
 
     adversarial: ClassVar[bool]
+
+    def prepare(self, workshop: "Workshop") -> Self:
+        """Get what the training needs beside the data, such as a teacher. The default: nothing."""
+        return self
 
     @abstractmethod
     def loss(

@@ -4,5 +4,6 @@ from robustbench_local.training.fit import Trained, fit
 from robustbench_local.training.identity import weights_key
 from robustbench_local.training.loop import TrainingDiverged
 from robustbench_local.training.schedule import Schedule
+from robustbench_local.training.workshop import Workshop
 
-__all__ = ["Schedule", "Trained", "TrainingDiverged", "fit", "weights_key"]
+__all__ = ["Schedule", "Trained", "TrainingDiverged", "Workshop", "fit", "weights_key"]

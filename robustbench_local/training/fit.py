@@ -61,12 +61,15 @@ def fit(
     cache: Path,
     key: Mapping[str, object],
     console: "Console | None" = None,
+    through: Callable[[Model], Model] | None = None,
 ) -> Trained:
     """Train what `build` makes on `data.train`, or load it where that was done before.
 
     `build` returns a freshly initialised model and draws its weights from torch's global
     generator, which is seeded around it. `data` lies on `device`. `key` describes the model, see
-    `weights_key`. The epoch is selected on `data.validation`; `data.test` is not looked at.
+    `weights_key`, and what it is trained `through`: a function that puts a model, whose weights it
+    leaves in place, behind something, such as noise. The epoch is selected on `data.validation`;
+    `data.test` is not looked at.
 
     A training that was killed goes on after its last whole epoch, with the same result. Two
     processes never train the same weights at the same time. On a CPU the same seed gives the same
@@ -86,6 +89,7 @@ def fit(
             if about is None:
                 training, course = train(
                     fresh(),
+                    through or _plainly,
                     data,
                     recipe,
                     schedule,
@@ -94,7 +98,8 @@ def fit(
                     state=shelf.state,
                     console=console,
                 )
-                told = find_warnings(training.average.model, data, recipe, course)
+                seen = (through or _plainly)(training.average.model)
+                told = find_warnings(seen, data, recipe, course)
                 facts = {"parts": parts, "device": _device_name(device), "warnings": told}
                 about, cached = shelf.write(course.weights, facts | course.summary()), False
             shelf.state.remove()
@@ -115,6 +120,10 @@ def fit(
         device=about["device"],
         sha256=about["sha256"],
     )
+
+
+def _plainly(model: Model) -> Model:
+    return model
 
 
 def _device_name(device: torch.device) -> str:

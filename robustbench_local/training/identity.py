@@ -62,7 +62,8 @@ def describe(value: Any) -> Any:
     """Any setting as JSON values; a dataclass with its name and the code that defines it."""
     if is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
-        content = {field.name: describe(getattr(value, field.name)) for field in fields(value)}
+        settings = [field.name for field in fields(value) if field.compare]
+        content = {name: describe(getattr(value, name)) for name in settings}
         return {"": f"{cls.__module__}.{cls.__qualname__}", "code": class_version(cls), **content}
     if isinstance(value, Mapping):
         return {str(name): describe(item) for name, item in value.items()}

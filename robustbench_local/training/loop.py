@@ -5,7 +5,7 @@ kill needs no generator states and ends with the same weights.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import deterministic, is_correct
-from robustbench_local.randomness import derive_seed
+from robustbench_local.randomness import derive_seed, reseed
 from robustbench_local.training.augmentation import augment
 from robustbench_local.training.course import Course, Training
 from robustbench_local.training.progress import Report, epoch_bar
 from robustbench_local.training.schedule import Plan, Schedule
 from robustbench_local.training.validation import correct_images, robust_accuracy
+from robustbench_local.types import Model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +41,7 @@ class TrainingDiverged(UserError):
 
 def train(
     model: nn.Module,
+    through: Callable[[Model], Model],
     data: "Dataset",
     recipe: "Recipe",
     schedule: Schedule,
@@ -51,26 +53,32 @@ def train(
 ) -> tuple[Training, Course]:
     """Train to the end, from the last whole epoch in `state` where there is one.
 
-    Returns what holds the last weights, and the course with the selected ones. Raises
-    `TrainingDiverged`, and then keeps nothing.
+    What the recipe sees, and what is validated, is `through(model)`. Returns what holds the last
+    weights, and the course with the selected ones. Raises `TrainingDiverged`, and then keeps
+    nothing.
     """
     plan = schedule.plan(len(data.train))
     training = Training(model, schedule, device)
+    seen, averaged = through(model), through(training.average.model)
     course = state.load(training)
     with deterministic():
         while course.epoch < plan.epochs:
             started = time.perf_counter()
             epoch = course.epoch
+            reseed(seen, derive_seed(seed, "through", epoch))
+            reseed(averaged, derive_seed(seed, "validation"))
             with (
                 seeded(derive_seed(seed, "epoch", epoch), device),
                 epoch_bar(console, epoch + 1, plan.epochs, plan.steps) as report,
             ):
                 try:
-                    entry = _one_epoch(training, data, recipe, schedule, plan, epoch, seed, report)
+                    entry = _one_epoch(
+                        training, seen, data, recipe, schedule, plan, epoch, seed, report
+                    )
                 except TrainingDiverged:
                     state.remove()
                     raise
-                entry |= _measure(training.average.model, data, recipe)
+                entry |= _measure(averaged, data, recipe)
             entry["settled"] = recipe.settled(epoch / plan.epochs)
             entry["seconds"] = time.perf_counter() - started
             course.add(entry, training.average.model, last=epoch + 1 == plan.epochs)
@@ -80,6 +88,7 @@ def train(
 
 def _one_epoch(
     training: Training,
+    seen: Model,
     data: "Dataset",
     recipe: "Recipe",
     schedule: Schedule,
@@ -96,7 +105,7 @@ def _one_epoch(
     criterion = partial(F.cross_entropy, label_smoothing=schedule.label_smoothing)
     losses = torch.zeros(plan.steps, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    model.train()
+    seen.train()
     for number, index in enumerate(order):
         step = epoch * plan.steps + number
         progress = step / plan.total
@@ -107,7 +116,7 @@ def _one_epoch(
         optimizer.zero_grad(set_to_none=True)
         with training.precision():
             loss, logits = recipe.loss(
-                model, x, y, criterion=criterion, progress=progress, step=step, seed=seed
+                seen, x, y, criterion=criterion, progress=progress, step=step, seed=seed
             )
         training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         training.scaler.step(optimizer)
