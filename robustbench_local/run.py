@@ -66,12 +66,14 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     check_settings(settings)
     display = Display()
+    defense = build_defense(config.defense)
+    if settings["awareness"] == "oblivious":
+        ignore_defense(settings, defense, display)
     device = choose_device(str(config.device))
     points = [Point(build_threat(config, value)) for value in epsilons(settings)]
-    attack = build_attack(config, 1)
+    attack = build_attack(settings, 1)
     for point in points:
         attack.require(point.threat)
-    defense = build_defense(config.defense)
     data_dir, cache, results = (
         Path(str(config.paths[key])).expanduser() for key in ("data", "cache", "results")
     )
@@ -98,11 +100,6 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
             randomized = defense.randomized(victim) or is_random(victim, data, sample=sample)
         threats = [point.threat for point in missing.values()]
         if settings["awareness"] == "oblivious":
-            if not defense.faced:
-                raise UserError(
-                    f"awareness=oblivious, but defense {defense.name} puts nothing in front of the "
-                    "network that an attack could ignore; type awareness=adaptive"
-                )
             oracle = Oracle(trained.model, threats[0], data.num_classes)
         else:
             oracle = Oracle(victim, threats[0], data.num_classes, randomized=randomized)
@@ -116,14 +113,14 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
         if oracle.randomized and leaves_samples_open(settings["attack"]):
             averaged = raise_samples(
                 oracle,
-                lambda samples: build_attack(config, samples),
+                lambda samples: build_attack(settings, samples),
                 data.test,
                 declared_samples(victim),
                 build(config.eot),
                 batch_size=config.batch_size,
                 judging=judging,
             )
-            attack = build_attack(config, averaged.samples)
+            attack = build_attack(settings, averaged.samples)
         if isinstance(attack, Transfer):
             attack = equip(attack, settings, data, trained, device, cache, display)
         with exact():
@@ -145,7 +142,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
             records[run_id] = make_record(
                 run_id=run_id,
                 settings=point.settings(settings),
-                labels=name_row(config, choices, data, defense, point.threat),
+                labels=name_row(config, settings, choices, data, defense, point.threat),
                 data=data,
                 threat=point.threat,
                 trained=trained,
@@ -164,6 +161,19 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
     if len(finished) > 1:
         display.output.print(f"curve: {draw_curve(store, finished)}", soft_wrap=True)
     return finished
+
+
+def ignore_defense(settings: dict[str, Any], defense: Defense, display: Display) -> None:
+    """Set up an attack that does not know the defense, in place; adaptive where that is no less."""
+    if not defense.faced:
+        settings["awareness"] = "adaptive"
+        display.say(
+            f"awareness=oblivious is the same as adaptive: defense {defense.name} puts nothing in "
+            "front of the network that an attack could ignore"
+        )
+    elif "early_stop" in settings["attack"]:
+        # The first point that breaks the bare network says little about what is in front of it.
+        settings["attack"]["early_stop"] = False
 
 
 @dataclass(frozen=True)
@@ -197,10 +207,10 @@ def build_threat(config: DictConfig, epsilon: float) -> ThreatModel:
     return threat
 
 
-def build_attack(config: DictConfig, samples: int) -> Attack:
-    """The attack, with so many draws averaged wherever `eot_samples` is null."""
-    settings = with_samples(OmegaConf.to_container(config.attack, resolve=True), samples)
-    attack: Attack = build(OmegaConf.create({"attack": settings}).attack)
+def build_attack(settings: Mapping[str, Any], samples: int) -> Attack:
+    """The attack of resolved settings, averaging so many draws where `eot_samples` is null."""
+    node = OmegaConf.create({"attack": with_samples(settings["attack"], samples)})
+    attack: Attack = build(node.attack)
     return attack
 
 
@@ -345,6 +355,7 @@ def equip(
 
 def name_row(
     config: DictConfig,
+    settings: Mapping[str, Any],
     choices: Choices,
     data: Dataset,
     defense: Defense,
@@ -371,5 +382,5 @@ def name_row(
         "norm": threat.norm,
         "epsilon": threat.epsilon,
         "access": threat.access,
-        "awareness": config.awareness,
+        "awareness": settings["awareness"],
     }

@@ -98,7 +98,7 @@ def _line(store: Store, records: list[Record]) -> dict[str, object]:
     for attack in attacks:
         met_by = [met[attack] for met in counted.values() if attack in met]
         put(attack, float(np.mean([record["robust_accuracy"]["value"] for record in met_by])))
-    worst = [_worst_case(store, list(met.values())) for met in counted.values()]
+    worst = [worst_case(store, list(met.values())) for met in counted.values()]
     put("worst_case", float(np.mean(worst) if complete else np.min(worst)))
     return line
 
@@ -115,7 +115,7 @@ def _status(*, ranking: bool, complete: bool, withheld: bool) -> str:
     return "ranked" if ranking else "provisional"
 
 
-def _worst_case(store: Store, records: Sequence[Record]) -> float:
+def worst_case(store: Store, records: Sequence[Record]) -> float:
     """Per example over the attacks, then averaged; of a random victim the strongest attack's."""
     outcomes = [store.examples(record["run_id"]) for record in records]
     for other in outcomes[1:]:

@@ -78,6 +78,7 @@ def build(choice: str, seed: int = 0) -> Attack:
     """The attack of a YAML file, with fewer steps."""
     file = Path(__file__).parents[2] / "conf" / "attack" / f"{choice}.yaml"
     config = OmegaConf.load(file)
+    config.pop("defaults", None)
     config.seed = seed
     config = OmegaConf.create(with_samples(OmegaConf.to_container(config), 1))
     for node in (config, config.get("kwargs", {}), *config.get("parts", {}).values()):
