@@ -5,7 +5,13 @@ A new one is a file here and a YAML in conf/defense/.
 
 from robustbench_local.defenses.adversarial_training import AdversarialTraining
 from robustbench_local.defenses.art_adapter import ArtPreprocessor
-from robustbench_local.defenses.defense import Defense, Wrapped, Wrapper
+from robustbench_local.defenses.defense import (
+    Defense,
+    Regularizer,
+    Wrapped,
+    Wrapper,
+    declared_samples,
+)
 from robustbench_local.defenses.jpeg import Jpeg, JpegRandom, JpegSlq, JpegVote
 from robustbench_local.defenses.preprocess import Preprocess
 from robustbench_local.defenses.recipe import Criterion, Recipe, Standard
@@ -21,7 +27,9 @@ __all__ = [
     "JpegVote",
     "Preprocess",
     "Recipe",
+    "Regularizer",
     "Standard",
     "Wrapped",
     "Wrapper",
+    "declared_samples",
 ]

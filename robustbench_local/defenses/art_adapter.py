@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -90,7 +91,7 @@ class ArtPreprocessor(Drawing):
         accepted = inspect.signature(kind).parameters
         arguments = _arguments(name, accepted, kwargs or {})
         self._channels_first = "channels_first" in accepted
-        with pristine(self), sandbox(0):
+        with pristine(self), sandbox(0, torch.device("cpu")):
             self._art = self._told(lambda: kind(**arguments))
         self._tensors = hasattr(self._art, "estimate_forward")
         self.randomized = self._draws()
@@ -103,7 +104,7 @@ class ArtPreprocessor(Drawing):
         """What ART makes of the images."""
         if not len(x):
             return x
-        with pristine(self), sandbox(int(drawn[0])):
+        with pristine(self), sandbox(int(drawn[0]), x.device):
             return self._checked(self._told(lambda: self._call(x.detach())), x)
 
     def surrogate_of(self, x: Images, drawn: Tensor) -> Images:
@@ -112,7 +113,7 @@ class ArtPreprocessor(Drawing):
             return differentiable(x, torch.full((len(x),), self._art.quality))
         if not self._tensors or not len(x):
             return x
-        with pristine(self), sandbox(int(drawn[0])):
+        with pristine(self), sandbox(int(drawn[0]), x.device):
             estimate: Images = self._told(lambda: self._art.estimate_forward(self._laid(x)))
         return self._laid_back(estimate)
 
@@ -177,10 +178,16 @@ class ArtPreprocessor(Drawing):
 
 
 def _find(name: str) -> Any:
-    with warnings.catch_warnings():
-        # It imports modules of others that announce their end.
-        warnings.simplefilter("ignore")
-        from art.defences import preprocessor
+    log = logging.getLogger("art")
+    level = log.level
+    log.setLevel(logging.WARNING)  # it tells where its data would lie
+    try:
+        with warnings.catch_warnings():
+            # It imports modules of others that announce their end.
+            warnings.simplefilter("ignore")
+            from art.defences import preprocessor
+    finally:
+        log.setLevel(level)
     found = {
         each: kind
         for each, kind in vars(preprocessor).items()

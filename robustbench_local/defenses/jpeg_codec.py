@@ -79,8 +79,8 @@ def differentiable(x: Images, quality: Tensor) -> Images:
     the gradient at black and white.
 
     Under PGD on digits at linf 0.3 nothing is left with this nor with the identity; on coloured
-    images at the small budgets usual there the identity leaves much that this breaks, so this is
-    the default (measured in tests/defenses/test_jpeg.py).
+    images the identity leaves what this breaks, so this is the default (tests/defenses/test_jpeg.py
+    measures both).
     """
     with torch.autocast(x.device.type, enabled=False):
         return _file(x.float() * 255, quality, exact=False).div(255).to(x.dtype)

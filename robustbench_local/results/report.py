@@ -1,7 +1,8 @@
 """What a person sees of a finished run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -71,12 +72,25 @@ def _show_parts(record: Record, console: Console, *, several: bool) -> None:
                 f"{part['seconds']:.1f}",
             )
         console.print(table)
+    averaged = record.get("eot")
+    if averaged:
+        console.print(_draws(averaged) + at, soft_wrap=True)
     figures = [f"{key.replace('_', ' ')} {_plain(value)}" for key, value in report.items()]
     rate = record["target_success_rate"]
     if rate is not None:
         figures.append(f"reached the target class: {_percent(rate)} of the images attacked")
     for figure in figures:
         console.print(escape(figure + at), soft_wrap=True)
+
+
+def _draws(averaged: Mapping[str, Any]) -> str:
+    """How many draws of a random victim the attack averaged, and why so many."""
+    tried = [
+        f"{each['samples']} left {_percent(each['robust_accuracy'])}" for each in averaged["tried"]
+    ]
+    of = f" ({', '.join(tried)} of {averaged['tried'][0]['n']} images)" if tried else ""
+    end = "; more would break more: raise eot.limit" if averaged["stable"] is False else ""
+    return f"draws of the random victim averaged: {averaged['samples']}{of}{end}"
 
 
 def _plain(value: object) -> str:

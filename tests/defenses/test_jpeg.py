@@ -194,6 +194,15 @@ def test_gradients_are_the_stand_ins(images):
     assert torch.equal(Jpeg(quality=30)(images.clone().requires_grad_()), exact)
 
 
+def test_mixed_precision_changes_nothing(images):
+    weight, x = noise(images.shape), images.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = Jpeg(quality=30)(x)
+    (found,) = torch.autograd.grad((out * weight).sum(), x)
+    assert torch.equal(out, pillow(images, 30))
+    assert torch.equal(found, gradient(Jpeg(quality=30), images, weight))
+
+
 def test_random_qualities_are_drawn_for_every_image(photographs):
     x = photographs[0][:1].repeat(400, 1, 1, 1)
     decoded = [pillow(x[:1], quality) for quality in QUALITIES]
