@@ -24,9 +24,10 @@ CONF = next(
 def lifted(words: list[str]) -> list[str]:
     """The command line, with `attack.kwargs.KEY=VALUE` marked as keys that no file needs to list.
 
-    They are the hyper-parameters of other libraries, which only these know.
+    They are the hyper-parameters of other libraries, which only these know; a defense has them too.
     """
-    return [f"++{word}" if word.startswith("attack.kwargs.") else word for word in words]
+    theirs = ("attack.kwargs.", "defense.wrap.art.kwargs.")
+    return [f"++{word}" if word.startswith(theirs) else word for word in words]
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ A new one is a file here and a YAML in conf/defense/.
 """
 
 from robustbench_local.defenses.adversarial_training import AdversarialTraining
+from robustbench_local.defenses.art_adapter import ArtPreprocessor
 from robustbench_local.defenses.defense import (
     Defense,
     Regularizer,
@@ -11,13 +12,19 @@ from robustbench_local.defenses.defense import (
     Wrapper,
     declared_samples,
 )
+from robustbench_local.defenses.jpeg import Jpeg, JpegRandom, JpegSlq, JpegVote
 from robustbench_local.defenses.preprocess import Preprocess
 from robustbench_local.defenses.recipe import Criterion, Recipe, Standard
 
 __all__ = [
     "AdversarialTraining",
+    "ArtPreprocessor",
     "Criterion",
     "Defense",
+    "Jpeg",
+    "JpegRandom",
+    "JpegSlq",
+    "JpegVote",
     "Preprocess",
     "Recipe",
     "Regularizer",

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
@@ -138,6 +139,14 @@ def test_hyper_parameters_of_other_libraries_need_no_plus(library):
     attack = attack_of(composed(*lifted(words)))
     assert (attack.name, dict(attack.kwargs), attack.seed) == (name, {key: 7}, 3)
     assert type(attack.kwargs) is dict
+
+
+def test_parameters_of_arts_preprocessors_need_no_plus():
+    words = ["defense=art", "defense.wrap.art.name=FeatureSqueezing"]
+    words += ["defense.wrap.art.kwargs.bit_depth=3"]
+    part = build(composed(*lifted(words)).defense)["wrap"]["art"]
+    x = torch.linspace(0, 1, 64).view(1, 1, 8, 8)
+    assert torch.allclose(part(x), (x * 7).round() / 7)
 
 
 def test_the_readme_quotes_commands():
