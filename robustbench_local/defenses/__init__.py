@@ -5,14 +5,20 @@ A new one is a file here and a YAML in conf/defense/.
 
 from robustbench_local.defenses.adversarial_training import AdversarialTraining
 from robustbench_local.defenses.defense import Defense, Wrapped, Wrapper
+from robustbench_local.defenses.noise_fusion import NoiseFusion
 from robustbench_local.defenses.preprocess import Preprocess
+from robustbench_local.defenses.randomized_smoothing import RandomizedSmoothing
 from robustbench_local.defenses.recipe import Criterion, Recipe, Standard
+from robustbench_local.defenses.rse import RSE
 
 __all__ = [
+    "RSE",
     "AdversarialTraining",
     "Criterion",
     "Defense",
+    "NoiseFusion",
     "Preprocess",
+    "RandomizedSmoothing",
     "Recipe",
     "Standard",
     "Wrapped",
