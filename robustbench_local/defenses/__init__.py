@@ -5,6 +5,7 @@ A new one is a file here and a YAML in conf/defense/.
 
 from robustbench_local.defenses.adversarial_training import AdversarialTraining
 from robustbench_local.defenses.defense import Defense, Wrapped, Wrapper
+from robustbench_local.defenses.denoiser import Denoiser
 from robustbench_local.defenses.noise_fusion import NoiseFusion
 from robustbench_local.defenses.preprocess import Preprocess
 from robustbench_local.defenses.randomized_smoothing import RandomizedSmoothing
@@ -16,6 +17,7 @@ __all__ = [
     "AdversarialTraining",
     "Criterion",
     "Defense",
+    "Denoiser",
     "NoiseFusion",
     "Preprocess",
     "RandomizedSmoothing",

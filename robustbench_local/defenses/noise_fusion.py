@@ -9,7 +9,7 @@ from torch import Tensor
 from robustbench_local.defenses.averaged import Averaged, looks
 from robustbench_local.defenses.defense import Wrapped
 from robustbench_local.defenses.preprocess import RUN_TIME, Preprocess
-from robustbench_local.defenses.settings import read_above_zero, require_count
+from robustbench_local.defenses.settings import read_number, require_count
 from robustbench_local.errors import UserError
 from robustbench_local.types import Images, Model
 
@@ -88,8 +88,13 @@ class NoiseFusion:
                 f"{_KEY}.distribution={self.distribution}; expected one of "
                 f"{', '.join(get_args(Distribution))}: type {_KEY}.distribution=gaussian"
             )
-        key, what = f"{_KEY}.amplitude", "an amplitude in pixel units"
-        amplitude = read_above_zero(key, self.amplitude, example=0.1, what=what)
+        amplitude = read_number(
+            f"{_KEY}.amplitude",
+            self.amplitude,
+            fits=lambda number: number > 0,
+            expected="a number above 0 in pixel units",
+            example=0.1,
+        )
         object.__setattr__(self, "amplitude", amplitude)
         require_count(f"{_KEY}.draws", self.draws, example=10)
         require_count(f"{_KEY}.eot_samples", self.eot_samples, example=20)

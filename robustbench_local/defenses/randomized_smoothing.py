@@ -9,7 +9,7 @@ import torch
 from robustbench_local.defenses.averaged import Averaged, looks
 from robustbench_local.defenses.certificate import Majority, certified_accuracy
 from robustbench_local.defenses.preprocess import RUN_TIME, Seeded
-from robustbench_local.defenses.settings import read_above_zero, read_from_zero, require_count
+from robustbench_local.defenses.settings import read_number, require_count
 from robustbench_local.errors import UserError
 from robustbench_local.types import Images, Logits, Model
 
@@ -74,18 +74,26 @@ class RandomizedSmoothing:
     eot_samples: int = 20
 
     def __post_init__(self) -> None:
-        what = "a standard deviation in pixel units"
-        sigma = read_above_zero(f"{_KEY}.sigma", self.sigma, example=0.25, what=what)
+        sigma = read_number(
+            f"{_KEY}.sigma",
+            self.sigma,
+            fits=lambda number: number > 0,
+            expected="a standard deviation above 0 in pixel units",
+            example=0.25,
+        )
+        alpha = read_number(
+            f"{_KEY}.alpha",
+            self.alpha,
+            fits=lambda number: 0 < number < 0.5,
+            expected="the probability of a wrong certificate, above 0 and below 0.5",
+            example=0.001,
+        )
         object.__setattr__(self, "sigma", sigma)
+        object.__setattr__(self, "alpha", alpha)
         examples = {"draws": 20, "n0": 100, "n": 10_000, "images": 200, "eot_samples": 20}
         for name, example in examples.items():
             if name != "images" or self.images is not None:
                 require_count(f"{_KEY}.{name}", getattr(self, name), example=example)
-        if isinstance(self.alpha, bool) or not 0 < self.alpha < 0.5:
-            raise UserError(
-                f"{_KEY}.alpha={self.alpha}; expected the probability of a wrong certificate, "
-                f"above 0 and below 0.5: type {_KEY}.alpha=0.001"
-            )
         object.__setattr__(self, "radii", self._read_radii())
 
     def _read_radii(self) -> tuple[float, ...]:
@@ -95,12 +103,17 @@ class RandomizedSmoothing:
                 f"{_KEY}.radii={self.radii}; expected a list of radii in pixel units: type "
                 f"{_KEY}.radii=[0,0.25,0.5]"
             )
-        what = "l2 radii in pixel units"
-        radii = (
-            read_from_zero(f"{_KEY}.radii", radius, example=0.25, what=what)
+        radii = {
+            read_number(
+                f"{_KEY}.radii entry",
+                radius,
+                fits=lambda number: number >= 0,
+                expected="an l2 radius in pixel units, 0 or more",
+                example=0.25,
+            )
             for radius in self.radii
-        )
-        return tuple(sorted(set(radii)))
+        }
+        return tuple(sorted(radii))
 
     def __call__(self, model: Model) -> Model:
         """What is deployed: the mean over the draws."""

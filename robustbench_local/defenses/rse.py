@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustbench_local.defenses.averaged import Averaged, looks
 from robustbench_local.defenses.preprocess import RUN_TIME, Preprocess, Seeded
-from robustbench_local.defenses.settings import read_from_zero, require_count
+from robustbench_local.defenses.settings import read_number, require_count
 from robustbench_local.errors import UserError
 from robustbench_local.models.normalize import Normalize
 from robustbench_local.types import Images, Logits, Model
@@ -117,8 +117,13 @@ class RSE:
 
     def __post_init__(self) -> None:
         for name, example in (("init", 0.2), ("inner", 0.1)):
-            key, value = f"{_KEY}.{name}", getattr(self, name)
-            deviation = read_from_zero(key, value, example=example, what="a standard deviation")
+            deviation = read_number(
+                f"{_KEY}.{name}",
+                getattr(self, name),
+                fits=lambda number: number >= 0,
+                expected="a standard deviation, 0 or more",
+                example=example,
+            )
             object.__setattr__(self, name, deviation)
         if self.init == self.inner == 0:
             raise UserError(

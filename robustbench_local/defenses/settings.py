@@ -1,28 +1,23 @@
 """Reading the settings of a defense, and saying in one sentence what is wrong with one."""
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 from robustbench_local.errors import UserError
 
 
-def read_above_zero(key: str, value: object, *, example: float, what: str) -> float:
-    """A finite number above 0, also written as a fraction such as "8/255".
+def read_number(
+    key: str, value: object, *, fits: Callable[[float], bool], expected: str, example: float
+) -> float:
+    """A finite number that `fits`, also written as a fraction such as "8/255".
 
-    `key` is that of the configuration, such as `defense.wrap.noise_fusion.amplitude`, and `what`
-    says what the number is. Raises `UserError` for anything else.
+    `key` is that of the configuration, such as `defense.wrap.noise_fusion.amplitude`. Raises
+    `UserError` for anything else.
     """
-    number = _number(value)
-    if number is None or not number > 0:
-        raise UserError(f"{key}={value}; expected {what} above 0: type {key}={example:g}")
-    return number
-
-
-def read_from_zero(key: str, value: object, *, example: float, what: str) -> float:
-    """A finite number, 0 or more, also written as a fraction. Raises `UserError` otherwise."""
-    number = _number(value)
-    if number is None or not number >= 0:
-        raise UserError(f"{key}={value}; expected {what}, 0 or more: type {key}={example:g}")
+    number = _parse(value)
+    if number is None or not fits(number):
+        raise UserError(f"{key}={value}; expected {expected}: type {key}={example:g}")
     return number
 
 
@@ -34,7 +29,7 @@ def require_count(key: str, value: object, *, example: int, least: int = 1) -> N
         )
 
 
-def _number(value: object) -> float | None:
+def _parse(value: object) -> float | None:
     if isinstance(value, bool):
         return None
     try:
