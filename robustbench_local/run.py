@@ -16,6 +16,7 @@ from robustbench_local.attacks import Attack, Transfer
 from robustbench_local.attacks.samples import leaves_samples_open, with_samples
 from robustbench_local.data import Dataset, load
 from robustbench_local.defenses import Defense, declared_samples
+from robustbench_local.defenses.preprocess import RUN_TIME
 from robustbench_local.display import Display
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation import (
@@ -314,8 +315,11 @@ def make_workshop(
 
 
 def describe_part(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of a defense as it decides weights: its settings and its code."""
-    return {**node, "code": class_version(find_object(str(node["_target_"])))}
+    """A part of a defense as it decides weights: its code, and its settings but `run_time_only`."""
+    part = find_object(str(node["_target_"]))
+    ignored = getattr(part, "run_time_only", RUN_TIME)
+    settings = {name: value for name, value in node.items() if name not in ignored}
+    return {**settings, "code": class_version(part)}
 
 
 def get_model(settings: Mapping[str, Any], defense: Defense, workshop: Workshop) -> Trained:

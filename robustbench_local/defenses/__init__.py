@@ -12,20 +12,28 @@ from robustbench_local.defenses.defense import (
     Wrapper,
     declared_samples,
 )
+from robustbench_local.defenses.denoiser import Denoiser
 from robustbench_local.defenses.jpeg import Jpeg, JpegRandom, JpegSlq, JpegVote
+from robustbench_local.defenses.noise_fusion import NoiseFusion
 from robustbench_local.defenses.preprocess import Preprocess
+from robustbench_local.defenses.randomized_smoothing import RandomizedSmoothing
 from robustbench_local.defenses.recipe import Criterion, Recipe, Standard
+from robustbench_local.defenses.rse import RSE
 
 __all__ = [
+    "RSE",
     "AdversarialTraining",
     "ArtPreprocessor",
     "Criterion",
     "Defense",
+    "Denoiser",
     "Jpeg",
     "JpegRandom",
     "JpegSlq",
     "JpegVote",
+    "NoiseFusion",
     "Preprocess",
+    "RandomizedSmoothing",
     "Recipe",
     "Regularizer",
     "Standard",
