@@ -28,7 +28,7 @@ from robustbench_local.evaluation import (
     is_random,
     raise_samples,
 )
-from robustbench_local.identity import class_version, file_sha256, find_object
+from robustbench_local.identity import class_version, code_version, file_sha256, find_object
 from robustbench_local.models import build_model, check_model, load_checkpoint, model_key
 from robustbench_local.oracle import Oracle
 from robustbench_local.results import Record, Store, write_leaderboard
@@ -139,6 +139,11 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
                 progress=progress,
                 say=display.say,
             )
+        certified = None
+        if threats[0].norm == "l2":
+            bar = display.evaluation("certificate", len(data.test), accuracy="certified")
+            with bar as progress, exact():
+                certified = defense.certify(victim, data.test, seed=config.seed, progress=progress)
         for (run_id, point), outcomes in zip(missing.items(), curve, strict=True):
             records[run_id] = make_record(
                 run_id=run_id,
@@ -152,6 +157,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
                 preparation=preparation,
                 averaged=None if averaged is None else asdict(averaged),
                 judge_draws=judging.draws,
+                certified=certified,
                 flags=flags,
                 device=device,
             )
@@ -319,7 +325,9 @@ def describe_part(node: Mapping[str, Any]) -> dict[str, Any]:
     part = find_object(str(node["_target_"]))
     ignored = getattr(part, "run_time_only", RUN_TIME)
     settings = {name: value for name, value in node.items() if name not in ignored}
-    return {**settings, "code": class_version(part)}
+    # What a part of ours does may be written in any file of its folder.
+    own = str(node["_target_"]).startswith("robustbench_local.")
+    return {**settings, "code": code_version("defenses") if own else class_version(part)}
 
 
 def get_model(settings: Mapping[str, Any], defense: Defense, workshop: Workshop) -> Trained:

@@ -97,6 +97,7 @@ def make_record(
     preparation: Mapping[str, int],
     averaged: Mapping[str, Any] | None,
     judge_draws: int,
+    certified: Mapping[str, Any] | None,
     flags: list[Flag],
     device: torch.device,
 ) -> Record:
@@ -128,6 +129,7 @@ def make_record(
         },
         "judge_draws": judge_draws,
         "metrics": measure(examples, data.num_classes),
+        "certified": None if certified is None else dict(certified),
         "eot": None if averaged is None else dict(averaged),
         "preparation_passes": dict(preparation),
         "passes_per_attacked_image": {

@@ -43,6 +43,7 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
             cells.insert(0, f"{record['config']['threat']['epsilon']:.4g}")
         table.add_row(escape(record["labels"]["attack"]), *cells)
     console.print(table)
+    _show_certificate(records[0], console)
     for record in records:
         _show_parts(record, console, several=len(records) > 1)
     for sentence in dict.fromkeys(sentence for record in records for sentence in doubts(record)):
@@ -52,6 +53,24 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
         state = "recorded before, not run again (force=true runs it)"
     run_ids = " ".join(record["run_id"] for record in records)
     console.print(f"{state}: run {run_ids}; table: {escape(str(leaderboard))}", soft_wrap=True)
+
+
+def _show_certificate(record: Record, console: Console) -> None:
+    """Accuracy that is proved, and only that is called certified."""
+    proved = record.get("certified")
+    if not proved:
+        return
+    heading = (
+        f"certified accuracy, {proved['norm']}, n {proved['images']}, sigma {proved['sigma']:g}, "
+        f"{proved['n']} votes, alpha {proved['alpha']:g}, {proved['abstained']} abstained"
+    )
+    table = Table(title=heading, title_justify="left")
+    for column in ("radius", "certified", "95% interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for radius, share in proved["radii"].items():
+        interval = f"{100 * share['low']:.2f} - {100 * share['high']:.2f}"
+        table.add_row(radius, _percent(share["value"]), interval)
+    console.print(table)
 
 
 def _show_parts(record: Record, console: Console, *, several: bool) -> None:
