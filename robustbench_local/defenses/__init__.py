@@ -19,9 +19,12 @@ from robustbench_local.defenses.preprocess import Preprocess
 from robustbench_local.defenses.randomized_smoothing import RandomizedSmoothing
 from robustbench_local.defenses.recipe import Criterion, Recipe, Standard
 from robustbench_local.defenses.rse import RSE
+from robustbench_local.defenses.sap import SAP
+from robustbench_local.defenses.temperature import Temperature
 
 __all__ = [
     "RSE",
+    "SAP",
     "AdversarialTraining",
     "ArtPreprocessor",
     "Criterion",
@@ -37,6 +40,7 @@ __all__ = [
     "Recipe",
     "Regularizer",
     "Standard",
+    "Temperature",
     "Wrapped",
     "Wrapper",
     "declared_samples",

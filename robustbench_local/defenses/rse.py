@@ -75,18 +75,19 @@ class NoisyLayers(Seeded):
 
 def _noisy_layers(model: Model) -> list[nn.Module]:
     """Its normalisation, if any, then its convolutions or, without any, its linear layers."""
-    parts = list(_own_parts(model))
+    parts = list(own_parts(model))
     layers: list[nn.Module] = [part for part in parts if isinstance(part, nn.Conv2d)]
     layers = layers or [part for part in parts if isinstance(part, nn.Linear)]
     entrances = [part for part in parts if isinstance(part, Normalize)]
     return [*entrances[:1], *layers] if layers else []
 
 
-def _own_parts(model: nn.Module) -> Iterator[nn.Module]:
+def own_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a network, without those of the transforms in front of it."""
     yield model
     for part in model.children():
         if not isinstance(part, Preprocess):
-            yield from _own_parts(part)
+            yield from own_parts(part)
 
 
 @dataclass(frozen=True, kw_only=True)
