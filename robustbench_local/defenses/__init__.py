@@ -29,6 +29,7 @@ from robustbench_local.defenses.rse import RSE
 from robustbench_local.defenses.sap import SAP
 from robustbench_local.defenses.temperature import Temperature
 from robustbench_local.defenses.total_variation import TotalVariation
+from robustbench_local.defenses.trial import check_defense
 
 __all__ = [
     "RSE",
@@ -60,5 +61,6 @@ __all__ = [
     "TotalVariation",
     "Wrapped",
     "Wrapper",
+    "check_defense",
     "declared_samples",
 ]
