@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from robustbench_local.attacks import Attack, Transfer
 from robustbench_local.attacks.samples import leaves_samples_open, with_samples
 from robustbench_local.data import Dataset, load
-from robustbench_local.defenses import Defense, declared_samples
+from robustbench_local.defenses import Defense, check_defense, declared_samples
 from robustbench_local.defenses.preprocess import RUN_TIME
 from robustbench_local.display import Display
 from robustbench_local.errors import UserError
@@ -338,8 +338,11 @@ def get_model(settings: Mapping[str, Any], defense: Defense, workshop: Workshop)
         network = build_model(model, data).to(device)
         load_checkpoint(network, file)
         check_model(network, data, device)
+        check_defense(defense, network, data)
         return Trained.given(network.eval(), file_sha256(file))
-    check_model(workshop.build(), data, "cpu")  # before minutes are spent on it
+    fresh = workshop.build()
+    check_model(fresh, data, "cpu")  # before minutes are spent on it
+    check_defense(defense, fresh, data)
     return workshop.classifier(defense.training_recipe.prepare(workshop))
 
 

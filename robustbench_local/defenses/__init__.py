@@ -5,6 +5,7 @@ A new one is a file here and a YAML in conf/defense/.
 
 from robustbench_local.defenses.adversarial_training import AdversarialTraining
 from robustbench_local.defenses.art_adapter import ArtPreprocessor
+from robustbench_local.defenses.bilateral import Bilateral
 from robustbench_local.defenses.defense import (
     Defense,
     Regularizer,
@@ -13,35 +14,53 @@ from robustbench_local.defenses.defense import (
     declared_samples,
 )
 from robustbench_local.defenses.denoiser import Denoiser
+from robustbench_local.defenses.feature_squeezing import FeatureSqueezing
+from robustbench_local.defenses.gaussian import Gaussian
 from robustbench_local.defenses.jpeg import Jpeg, JpegRandom, JpegSlq, JpegVote
+from robustbench_local.defenses.median import Median
 from robustbench_local.defenses.noise_fusion import NoiseFusion
+from robustbench_local.defenses.non_local_means import NonLocalMeans
 from robustbench_local.defenses.preprocess import Preprocess
+from robustbench_local.defenses.quantize import BitDepth, Quantize
 from robustbench_local.defenses.randomized_smoothing import RandomizedSmoothing
 from robustbench_local.defenses.recipe import Criterion, Recipe, Standard
+from robustbench_local.defenses.resize_pad import ResizePad
 from robustbench_local.defenses.rse import RSE
 from robustbench_local.defenses.sap import SAP
 from robustbench_local.defenses.temperature import Temperature
+from robustbench_local.defenses.total_variation import TotalVariation
+from robustbench_local.defenses.trial import check_defense
 
 __all__ = [
     "RSE",
     "SAP",
     "AdversarialTraining",
     "ArtPreprocessor",
+    "Bilateral",
+    "BitDepth",
     "Criterion",
     "Defense",
     "Denoiser",
+    "FeatureSqueezing",
+    "Gaussian",
     "Jpeg",
     "JpegRandom",
     "JpegSlq",
     "JpegVote",
+    "Median",
     "NoiseFusion",
+    "NonLocalMeans",
     "Preprocess",
+    "Quantize",
     "RandomizedSmoothing",
     "Recipe",
     "Regularizer",
+    "ResizePad",
     "Standard",
     "Temperature",
+    "TotalVariation",
     "Wrapped",
     "Wrapper",
+    "check_defense",
     "declared_samples",
 ]

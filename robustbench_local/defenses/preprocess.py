@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from robustbench_local.defenses.contract import check_gradient, check_images, check_surrogate
 from robustbench_local.types import Images
 
 if TYPE_CHECKING:
@@ -75,17 +76,18 @@ class Preprocess(Seeded, ABC):
         return self
 
     def forward(self, x: Images) -> Images:
-        """The value of `transform`, with the gradient of `surrogate`."""
-        if self.differentiable or not (torch.is_grad_enabled() and x.requires_grad):
-            return self.transform(x)
-        with torch.no_grad():
-            exact = self.transform(x)
-        stand_in = self.surrogate(x)
-        if stand_in.shape != exact.shape:
-            raise ValueError(
-                f"{type(self).__name__}.surrogate returned shape {tuple(stand_in.shape)}; expected "
-                f"that of transform, {tuple(exact.shape)}"
-            )
+        """The value of `transform`, with the gradient of `surrogate`, in full precision.
+
+        Raises `UserError` for what is no batch of images, and for a gradient that is not there.
+        """
+        part, tracked = type(self).__name__, torch.is_grad_enabled() and x.requires_grad
+        with torch.autocast(x.device.type, enabled=False):
+            if self.differentiable or not tracked:
+                out = check_images(part, self.transform(x), x)
+                return check_gradient(f"{part}.transform", out) if tracked else out
+            with torch.no_grad():
+                exact = check_images(part, self.transform(x), x)
+            stand_in = check_surrogate(part, self.surrogate(x), exact)
         straight: Images = _Straight.apply(exact, stand_in)
         return straight
 
