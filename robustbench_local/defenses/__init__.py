@@ -13,6 +13,14 @@ from robustbench_local.defenses.defense import (
     declared_samples,
 )
 from robustbench_local.defenses.denoiser import Denoiser
+from robustbench_local.defenses.detection import (
+    Calibration,
+    Detecting,
+    Detector,
+    Scorer,
+    describe_detection,
+)
+from robustbench_local.defenses.feature_squeezing_detector import FeatureSqueezingDetector
 from robustbench_local.defenses.jpeg import Jpeg, JpegRandom, JpegSlq, JpegVote
 from robustbench_local.defenses.noise_fusion import NoiseFusion
 from robustbench_local.defenses.preprocess import Preprocess
@@ -27,9 +35,13 @@ __all__ = [
     "SAP",
     "AdversarialTraining",
     "ArtPreprocessor",
+    "Calibration",
     "Criterion",
     "Defense",
     "Denoiser",
+    "Detecting",
+    "Detector",
+    "FeatureSqueezingDetector",
     "Jpeg",
     "JpegRandom",
     "JpegSlq",
@@ -39,9 +51,11 @@ __all__ = [
     "RandomizedSmoothing",
     "Recipe",
     "Regularizer",
+    "Scorer",
     "Standard",
     "Temperature",
     "Wrapped",
     "Wrapper",
     "declared_samples",
+    "describe_detection",
 ]
