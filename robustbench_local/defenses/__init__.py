@@ -5,6 +5,7 @@ A new one is a file here and a YAML in conf/defense/.
 
 from robustbench_local.defenses.adversarial_training import AdversarialTraining
 from robustbench_local.defenses.art_adapter import ArtPreprocessor
+from robustbench_local.defenses.art_detector import ArtDetector
 from robustbench_local.defenses.defense import (
     Defense,
     Regularizer,
@@ -20,6 +21,7 @@ from robustbench_local.defenses.detection import (
     Scorer,
     describe_detection,
 )
+from robustbench_local.defenses.detector_network import DetectorNetwork
 from robustbench_local.defenses.feature_squeezing_detector import FeatureSqueezingDetector
 from robustbench_local.defenses.jpeg import Jpeg, JpegRandom, JpegSlq, JpegVote
 from robustbench_local.defenses.noise_fusion import NoiseFusion
@@ -34,6 +36,7 @@ __all__ = [
     "RSE",
     "SAP",
     "AdversarialTraining",
+    "ArtDetector",
     "ArtPreprocessor",
     "Calibration",
     "Criterion",
@@ -41,6 +44,7 @@ __all__ = [
     "Denoiser",
     "Detecting",
     "Detector",
+    "DetectorNetwork",
     "FeatureSqueezingDetector",
     "Jpeg",
     "JpegRandom",
