@@ -5,6 +5,7 @@ A new one is a file here and a YAML in conf/defense/.
 
 from robustbench_local.defenses.adversarial_training import AdversarialTraining
 from robustbench_local.defenses.art_adapter import ArtPreprocessor
+from robustbench_local.defenses.art_detector import ArtDetector
 from robustbench_local.defenses.bilateral import Bilateral
 from robustbench_local.defenses.defense import (
     Defense,
@@ -14,7 +15,16 @@ from robustbench_local.defenses.defense import (
     declared_samples,
 )
 from robustbench_local.defenses.denoiser import Denoiser
+from robustbench_local.defenses.detection import (
+    Calibration,
+    Detecting,
+    Detector,
+    Scorer,
+    describe_detection,
+)
+from robustbench_local.defenses.detector_network import DetectorNetwork
 from robustbench_local.defenses.feature_squeezing import FeatureSqueezing
+from robustbench_local.defenses.feature_squeezing_detector import FeatureSqueezingDetector
 from robustbench_local.defenses.gaussian import Gaussian
 from robustbench_local.defenses.jpeg import Jpeg, JpegRandom, JpegSlq, JpegVote
 from robustbench_local.defenses.median import Median
@@ -35,13 +45,19 @@ __all__ = [
     "RSE",
     "SAP",
     "AdversarialTraining",
+    "ArtDetector",
     "ArtPreprocessor",
     "Bilateral",
     "BitDepth",
+    "Calibration",
     "Criterion",
     "Defense",
     "Denoiser",
+    "Detecting",
+    "Detector",
+    "DetectorNetwork",
     "FeatureSqueezing",
+    "FeatureSqueezingDetector",
     "Gaussian",
     "Jpeg",
     "JpegRandom",
@@ -56,6 +72,7 @@ __all__ = [
     "Recipe",
     "Regularizer",
     "ResizePad",
+    "Scorer",
     "Standard",
     "Temperature",
     "TotalVariation",
@@ -63,4 +80,5 @@ __all__ = [
     "Wrapper",
     "check_defense",
     "declared_samples",
+    "describe_detection",
 ]
