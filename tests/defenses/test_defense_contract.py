@@ -80,6 +80,19 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
     },
     "resize_pad": {"output": [0, -1], "smallest": [0, 1.1], "eot_samples": [0, 1.5]},
     "rse": {"init": [-0.1], "inner": [-0.1], "ensembles": [0], "eot_samples": [0]},
+    "art_detector": {
+        "name": ["NoDetector"],
+        "false_positive_rate": [1, -0.1],
+        "images": [0],
+        "epochs": [0],
+        "batch_size": [0],
+        "learning_rate": [0],
+        "width": [0],
+        "hidden": [0],
+    },
+    "detector": {"false_positive_rate": [1, -0.1], "width": [0, 1.5], "epochs": [0]},
+    "sap": {"samples": [0, -1], "eot_samples": [0, 1.5]},
+    "temperature": {"temperature": [0, -1]},
     "tv": {"weight": [0, -0.1], "steps": [0, 2.5]},
 }
 """By file: a part's keys and values that each must be refused. A new file needs an entry here."""
