@@ -62,6 +62,11 @@ class Course:
         """Number of whole epochs."""
         return len(self.history)
 
+    def over(self, epochs: int, patience: int | None) -> bool:
+        """Whether training ends here: after all epochs, or `patience` in a row without a better."""
+        stalled = patience is not None and 0 < self.selected <= self.epoch - patience
+        return self.epoch >= epochs or stalled
+
     def add(self, entry: dict[str, Any], model: nn.Module, *, last: bool) -> None:
         """Note an epoch, and keep its weights where it is the best so far.
 
