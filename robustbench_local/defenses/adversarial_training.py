@@ -21,7 +21,7 @@ class AdversarialRecipe(Recipe):
     - `threat`: the training budget, which is not the budget of the evaluation.
     - `validation` measures every epoch, at the full training budget.
     - `epsilon_ramp`: the share of the training over which epsilon grows from 0, linearly. 0 for
-      none. Epochs that begin before its end are not selected.
+      none.
     """
 
     adversarial: ClassVar[bool] = True

@@ -95,7 +95,7 @@ class Recipe(ABC):
         return None
 
     def settled(self, progress: float) -> bool:
-        """Whether training is past its warm-up here: only such epochs may be selected."""
+        """Whether training is past its warm-up here: until then no patience is lost."""
         return True
 
 

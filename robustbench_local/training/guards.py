@@ -36,8 +36,7 @@ def find_warnings(
     found = [_at_chance(data, history[best - 1])]
     attack = recipe.validation_attack()
     if attack is not None:
-        settled = [entry for entry in history if entry["settled"]]
-        found.append(_collapse(settled, best))
+        found.append(_collapse(history, best))
         last = history[-1]
         if not last["settled"]:
             found.append(
@@ -67,10 +66,10 @@ def _at_chance(data: "Dataset", entry: Mapping[str, Any]) -> str:
     )
 
 
-def _collapse(settled: Sequence[Mapping[str, Any]], best: int) -> str:
+def _collapse(history: Sequence[Mapping[str, Any]], best: int) -> str:
     """The largest fall below an earlier epoch (arXiv:2001.03994, section 5)."""
     key = "robust_validation_accuracy"
-    falls = [(a[key] - b[key], a, b) for a, b in combinations(settled, 2)]
+    falls = [(a[key] - b[key], a, b) for a, b in combinations(history, 2)]
     if not falls:
         return ""
     drop, before, after = max(falls, key=lambda fall: fall[0])

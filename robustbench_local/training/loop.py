@@ -81,7 +81,7 @@ def train(
                 entry |= _measure(averaged, data, recipe)
             entry["settled"] = recipe.settled(epoch / plan.epochs)
             entry["seconds"] = time.perf_counter() - started
-            course.add(entry, training.average.model, last=epoch + 1 == plan.epochs)
+            course.add(entry, training.average.model)
             state.save(training, course)
     return training, course
 

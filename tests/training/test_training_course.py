@@ -59,7 +59,7 @@ def test_a_training_that_had_ended_goes_no_further_after_a_kill(tmp_path, monkey
     assert resumed.sha256 == whole.sha256 and len(resumed.history) == len(whole.history)
 
 
-def test_epochs_that_may_not_be_selected_cost_no_patience():
+def test_epochs_of_the_warm_up_cost_no_patience():
     course = Course()
     model = torch.nn.Linear(1, 1)
 
@@ -67,13 +67,13 @@ def test_epochs_that_may_not_be_selected_cost_no_patience():
         number = course.epoch + 1
         entry = {"epoch": number, "validation_accuracy": 0.9, "settled": settled,
                  "robust_validation_accuracy": robust, "seconds": 1.0}  # fmt: skip
-        course.add(entry, model, last=False)
-        return course.over(9, 2)
+        course.add(entry, model)
+        return course.over(10, 2)
 
-    assert [add(0.9, False), add(0.8, False), add(0.7, False)] == [False] * 3
-    assert [add(0.5, True), add(0.4, True), add(0.6, True)] == [False] * 3  # a better one came
+    assert [add(0.3, False), add(0.2, False), add(0.1, False)] == [False] * 3
+    assert [add(0.2, True), add(0.6, True)] == [False] * 2  # a better one came
     assert [add(0.5, True), add(0.59, True)] == [False, True]
-    assert not course.over(9, None) and course.over(8, None)
+    assert not course.over(8, None) and course.over(7, None)
 
 
 @pytest.mark.parametrize(("value", "told"), [(0, "null or 1 or more"), (1.5, "a whole number")])
