@@ -12,6 +12,8 @@ from robustbench_local.cli_errors import EXPECTED, sentence
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from robustbench_local.results import Record
+
 PACKAGE = Path(__file__).resolve().parent
 CONF = next(
     (folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()),
@@ -22,9 +24,10 @@ CONF = next(
 def lifted(words: list[str]) -> list[str]:
     """The command line, with `attack.kwargs.KEY=VALUE` marked as keys that no file needs to list.
 
-    They are the hyper-parameters of other libraries, which only these know.
+    They are the hyper-parameters of other libraries, which only these know; a defense has them too.
     """
-    return [f"++{word}" if word.startswith("attack.kwargs.") else word for word in words]
+    theirs = ("attack.kwargs.", "defense.wrap.art.kwargs.")
+    return [f"++{word}" if word.startswith(theirs) else word for word in words]
 
 
 def main() -> None:
@@ -37,15 +40,16 @@ def main() -> None:
     failures: list[str] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def task(config: "DictConfig") -> None:
+    def task(config: "DictConfig") -> "list[Record] | None":
         # Imported here: --help must not wait for torch.
         from robustbench_local.run import run_from_hydra
 
         try:
-            run_from_hydra(config)
+            return run_from_hydra(config)
         except EXPECTED as error:  # the other runs of a sweep go on
             failures.append(sentence(error, CONF))
             print(f"error: {failures[-1]}", file=sys.stderr)
+            return None
 
     # Hydra would print its own account of an error, in several lines; this makes it raise.
     told = os.environ.setdefault("HYDRA_FULL_ERROR", "1")

@@ -20,8 +20,10 @@ class Display:
         self.errors.print(escape(sentence), style="yellow", soft_wrap=True, highlight=False)
 
     @contextmanager
-    def evaluation(self, label: str, n: int) -> Iterator[Callable[[int, float], None]]:
-        """A bar with the running robust accuracy; yields what `evaluate` calls after each batch."""
+    def evaluation(
+        self, label: str, n: int, *, accuracy: str = "robust"
+    ) -> Iterator[Callable[[int, float], None]]:
+        """A bar with the running accuracy; yields what `evaluate` calls after each batch."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -32,8 +34,8 @@ class Display:
         with Progress(*columns, console=self.errors, transient=True, disable=hidden) as bar:
             task = bar.add_task(escape(label), total=n)
 
-            def advance(done: int, robust: float) -> None:
-                text = f"{escape(label)}: robust {100 * robust:.2f}%"
+            def advance(done: int, share: float) -> None:
+                text = f"{escape(label)}: {accuracy} {100 * share:.2f}%"
                 bar.update(task, advance=done, description=text)
 
             yield advance

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,28 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from robustbench_local.attacks import Attack, Transfer
+from robustbench_local.attacks.samples import leaves_samples_open, with_samples
 from robustbench_local.data import Dataset, load
-from robustbench_local.defenses import Defense
+from robustbench_local.defenses import Defense, check_defense, declared_samples
+from robustbench_local.defenses.preprocess import RUN_TIME
 from robustbench_local.display import Display
 from robustbench_local.errors import UserError
-from robustbench_local.evaluation import SAMPLE, Judging, audit, evaluate_curve, exact, is_random
-from robustbench_local.identity import class_version, file_sha256, find_object
+from robustbench_local.evaluation import (
+    SAMPLE,
+    Judging,
+    audit,
+    evaluate_curve,
+    exact,
+    is_random,
+    raise_samples,
+)
+from robustbench_local.identity import class_version, code_version, file_sha256, find_object
 from robustbench_local.models import build_model, check_model, load_checkpoint, model_key
 from robustbench_local.oracle import Oracle
 from robustbench_local.results import Record, Store, write_leaderboard
 from robustbench_local.results.curve import draw_curve
 from robustbench_local.results.labels import choice_label
-from robustbench_local.results.record import AWARENESS, make_record, run_identity
+from robustbench_local.results.record import make_record, run_identity
 from robustbench_local.results.report import show
 from robustbench_local.results.store import check_writable
 from robustbench_local.sources import get_sources
@@ -57,12 +67,14 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     check_settings(settings)
     display = Display()
+    defense = build_defense(config.defense)
+    if settings["awareness"] == "oblivious":
+        ignore_defense(settings, defense, display)
     device = choose_device(str(config.device))
     points = [Point(build_threat(config, value)) for value in epsilons(settings)]
-    attack: Attack = build(config.attack)
+    attack = build_attack(settings, 1)
     for point in points:
         attack.require(point.threat)
-    defense = build_defense(config.defense)
     data_dir, cache, results = (
         Path(str(config.paths[key])).expanduser() for key in ("data", "cache", "results")
     )
@@ -85,15 +97,35 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
         victim = defense.apply(trained.model)
         sample = min(SAMPLE, config.batch_size)
         with exact():
-            flags = audit(victim, data, eot_samples=attack.draws_averaged, sample=sample)
             # Seen, not only declared: a network of the user's own may be random without saying so.
             randomized = defense.randomized(victim) or is_random(victim, data, sample=sample)
-        draws = config.judge_draws if randomized else 1
         threats = [point.threat for point in missing.values()]
-        oracle = Oracle(victim, threats[0], data.num_classes, randomized=randomized)
+        if settings["awareness"] == "oblivious":
+            oracle = Oracle(trained.model, threats[0], data.num_classes)
+        else:
+            oracle = Oracle(victim, threats[0], data.num_classes, randomized=randomized)
+        judging = Judging(
+            victim=victim,
+            draws=config.judge_draws if randomized else 1,
+            seed=config.seed,
+            reseed=defense.reseeder(victim),
+        )
+        averaged = None
+        if oracle.randomized and leaves_samples_open(settings["attack"]):
+            averaged = raise_samples(
+                oracle,
+                lambda samples: build_attack(settings, samples),
+                data.test,
+                declared_samples(victim),
+                build(config.eot),
+                batch_size=config.batch_size,
+                judging=judging,
+            )
+            attack = build_attack(settings, averaged.samples)
         if isinstance(attack, Transfer):
             attack = equip(attack, settings, data, trained, device, cache, display)
         with exact():
+            flags = audit(victim, data, eot_samples=attack.draws_averaged, sample=sample)
             attack = attack.fit(oracle, data.validation, threats[-1])
         preparation = {"forward": oracle.forward_passes, "backward": oracle.backward_passes}
         with display.evaluation(choices.chosen["attack"], len(data.test)) as progress:
@@ -103,22 +135,29 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
                 data.test,
                 [threat.epsilon for threat in threats],
                 batch_size=config.batch_size,
-                judging=Judging(draws=draws, seed=config.seed, reseed=defense.reseeder(victim)),
+                judging=judging,
                 progress=progress,
                 say=display.say,
             )
+        certified = None
+        if threats[0].norm == "l2":
+            bar = display.evaluation("certificate", len(data.test), accuracy="certified")
+            with bar as progress, exact():
+                certified = defense.certify(victim, data.test, seed=config.seed, progress=progress)
         for (run_id, point), outcomes in zip(missing.items(), curve, strict=True):
             records[run_id] = make_record(
                 run_id=run_id,
                 settings=point.settings(settings),
-                labels=name_row(config, choices, data, defense, point.threat),
+                labels=name_row(config, settings, choices, data, defense, point.threat),
                 data=data,
                 threat=point.threat,
                 trained=trained,
                 outcomes=outcomes,
                 report=attack.report(point.threat),
                 preparation=preparation,
-                judge_draws=draws,
+                averaged=None if averaged is None else asdict(averaged),
+                judge_draws=judging.draws,
+                certified=certified,
                 flags=flags,
                 device=device,
             )
@@ -129,6 +168,19 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
     if len(finished) > 1:
         display.output.print(f"curve: {draw_curve(store, finished)}", soft_wrap=True)
     return finished
+
+
+def ignore_defense(settings: dict[str, Any], defense: Defense, display: Display) -> None:
+    """Set up an attack that does not know the defense, in place; adaptive where that is no less."""
+    if not defense.faced:
+        settings["awareness"] = "adaptive"
+        display.say(
+            f"awareness=oblivious is the same as adaptive: defense {defense.name} puts nothing in "
+            "front of the network that an attack could ignore"
+        )
+    elif "early_stop" in settings["attack"]:
+        # The first point that breaks the bare network says little about what is in front of it.
+        settings["attack"]["early_stop"] = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +214,13 @@ def build_threat(config: DictConfig, epsilon: float) -> ThreatModel:
     return threat
 
 
+def build_attack(settings: Mapping[str, Any], samples: int) -> Attack:
+    """The attack of resolved settings, averaging so many draws where `eot_samples` is null."""
+    node = OmegaConf.create({"attack": with_samples(settings["attack"], samples)})
+    attack: Attack = build(node.attack)
+    return attack
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise `UserError` where a key beside the groups holds the wrong kind of value."""
     for key, least in (("seed", 0), ("batch_size", 1), ("judge_draws", 1)):
@@ -171,6 +230,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
                 f"{key}={value} is not a whole number from {least}; type for example "
                 f"{key}={max(least, 10)}"
             )
+    if settings["awareness"] not in ("adaptive", "oblivious"):
+        raise UserError(
+            f"awareness={settings['awareness']} is unknown; expected adaptive (the attack faces "
+            "the defense) or oblivious (it ignores what is in front of the network)"
+        )
 
 
 def choose_device(name: str) -> torch.device:
@@ -257,8 +321,13 @@ def make_workshop(
 
 
 def describe_part(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of a defense as it decides weights: its settings and its code."""
-    return {**node, "code": class_version(find_object(str(node["_target_"])))}
+    """A part of a defense as it decides weights: its code, and its settings but `run_time_only`."""
+    part = find_object(str(node["_target_"]))
+    ignored = getattr(part, "run_time_only", RUN_TIME)
+    settings = {name: value for name, value in node.items() if name not in ignored}
+    # What a part of ours does may be written in any file of its folder.
+    own = str(node["_target_"]).startswith("robustbench_local.")
+    return {**settings, "code": code_version("defenses") if own else class_version(part)}
 
 
 def get_model(settings: Mapping[str, Any], defense: Defense, workshop: Workshop) -> Trained:
@@ -269,8 +338,11 @@ def get_model(settings: Mapping[str, Any], defense: Defense, workshop: Workshop)
         network = build_model(model, data).to(device)
         load_checkpoint(network, file)
         check_model(network, data, device)
+        check_defense(defense, network, data)
         return Trained.given(network.eval(), file_sha256(file))
-    check_model(workshop.build(), data, "cpu")  # before minutes are spent on it
+    fresh = workshop.build()
+    check_model(fresh, data, "cpu")  # before minutes are spent on it
+    check_defense(defense, fresh, data)
     return workshop.classifier(defense.training_recipe.prepare(workshop))
 
 
@@ -298,6 +370,7 @@ def equip(
 
 def name_row(
     config: DictConfig,
+    settings: Mapping[str, Any],
     choices: Choices,
     data: Dataset,
     defense: Defense,
@@ -324,5 +397,5 @@ def name_row(
         "norm": threat.norm,
         "epsilon": threat.epsilon,
         "access": threat.access,
-        "awareness": AWARENESS,
+        "awareness": settings["awareness"],
     }

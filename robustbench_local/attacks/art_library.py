@@ -3,7 +3,6 @@
 import inspect
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -186,18 +185,6 @@ class ART(LibraryAttack):
         arguments: dict[str, Any],
     ) -> Any:
         """Run the library's attack; `y` are the true labels, `wanted` the targets if any."""
-        # ART takes the current device and moves the model there.
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            return self._generate(victim, x, y, wanted, arguments)
-
-    def _generate(
-        self,
-        victim: Victim,
-        x: Images,
-        y: Labels,
-        wanted: Labels | None,
-        arguments: dict[str, Any],
-    ) -> Any:
         evasion = _evasion()
         from art.estimators.classification import PyTorchClassifier
 

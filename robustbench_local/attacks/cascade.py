@@ -1,7 +1,7 @@
 """Several attacks one after the other, each on the survivors of the ones before."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -30,6 +30,8 @@ class Cascade(Attack):
 
     - `parts`: the attacks by name, in order. Each starts from the clean images that the ones before
       left unbroken. After each the victim is asked again which images are broken.
+    - `skip_if_random`, `only_if_random`: names of parts that randomised victims do not meet, since
+      they look for a boundary that moves or for single lucky answers, and that only these meet.
     - `eot_samples`: forward passes in each such question, of a randomised victim 10 at least: its
       images go through every part until all of them are wrong, what is wrong most often is kept,
       and broken in the report is what most of them get wrong.
@@ -38,6 +40,8 @@ class Cascade(Attack):
     """
 
     parts: Mapping[str, Attack]
+    skip_if_random: Sequence[str] = ()
+    only_if_random: Sequence[str] = ()
     eot_samples: int = 1
 
     def __post_init__(self) -> None:
@@ -45,6 +49,14 @@ class Cascade(Attack):
         # Plain ones: a configuration brings its own kinds of mapping and list.
         parts = {str(name): part for name, part in self.parts.items()}
         object.__setattr__(self, "parts", parts)
+        for key in ("skip_if_random", "only_if_random"):
+            object.__setattr__(self, key, tuple(getattr(self, key)))
+            for name in getattr(self, key):
+                if name not in parts:
+                    raise UserError(
+                        f"attack.{key} names {name}; expected some of attack.parts "
+                        f"({', '.join(parts)}): type attack.{key}=[]"
+                    )
         for name, part in parts.items():
             if not isinstance(part, Attack):
                 raise UserError(
@@ -66,6 +78,12 @@ class Cascade(Attack):
                 "attack.parts is empty; expected one attack at least: type for example "
                 "+attack.parts.pgd._target_=robustbench_local.attacks.PGD"
             )
+        for kind, randomized in (("random", True), ("deterministic", False)):
+            if not self._met_by(randomized=randomized):
+                raise UserError(
+                    f"attack.skip_if_random and attack.only_if_random leave no part for {kind} "
+                    "victims; expected one at least: type attack.skip_if_random=[]"
+                )
         # What holds for every cascade of a kind elsewhere is here a matter of its parts.
         norms = frozenset.intersection(*(part.norms for part in parts.values()))
         greatest = min((part.needs for part in parts.values()), key=get_args(Access).index)
@@ -99,8 +117,9 @@ class Cascade(Attack):
         draws = max(self.eot_samples, DRAWS) if is_randomized(model) else self.eot_samples
         best = x.clone()
         worst = torch.full((len(x),), -1.0, device=x.device)  # the highest share of wrong draws
-        tally = {name: _Line() for name in self.parts}
-        for place, (name, part) in enumerate(self.parts.items()):
+        parts = self._met_by(randomized=is_randomized(model))
+        tally = {name: _Line() for name in parts}
+        for place, (name, part) in enumerate(parts.items()):
             rows = (worst < 1).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
@@ -120,10 +139,14 @@ class Cascade(Attack):
             lines[name] = lines.get(name, _Line()) + line
         return best
 
+    def _met_by(self, *, randomized: bool) -> dict[str, Attack]:
+        left_out = self.skip_if_random if randomized else self.only_if_random
+        return {name: part for name, part in self.parts.items() if name not in left_out}
+
     @property
     def draws_averaged(self) -> int:
         """Those of the part that takes fewest: `eot_samples` is about the looks after each."""
-        return min(part.draws_averaged for part in self.parts.values())
+        return min(part.draws_averaged for part in self._met_by(randomized=True).values())
 
     def report(self, threat: ThreatModel) -> Mapping[str, Any]:
         """`parts`, for each: images attacked and broken, passes, seconds, and its own report.
@@ -135,6 +158,7 @@ class Cascade(Attack):
             "parts": [
                 {"name": name, **vars(lines.get(name, _Line())), **part.report(threat)}
                 for name, part in self.parts.items()
+                if name in lines or not lines
             ]
         }
 

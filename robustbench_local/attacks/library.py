@@ -191,7 +191,7 @@ class LibraryAttack(Attack):
         arguments = self.arguments(threat, classes, seed)
         result: Any = None  # an array or a tensor
         try:
-            with sandbox(seed):
+            with sandbox(seed, x.device):
                 result = self.call(victim, x, y, wanted, arguments)
         except SpentError:
             pass

@@ -32,7 +32,8 @@ class OnePixel(Attack):
     - `candidates`: images in one forward pass at most, of all examples together, or `None` for a
       number that suits the device. It bounds memory (beside it about 60 kB for each example) and
       changes no result.
-    - `eot_samples`: forward passes averaged for each candidate.
+    - `eot_samples`: forward passes averaged for each candidate, of a victim not known to give the
+      same answer twice.
     - `target`: the class to reach, see `attacks.target`.
 
     An image leaves as soon as one of its candidates reaches the goal; images that resist to the
@@ -83,7 +84,8 @@ class OnePixel(Attack):
         settled = is_settled(model, self.eot_samples)
         scorer = Scorer(
             model, x, y,
-            targeted=targeted, at_once=self.candidates, samples=self.eot_samples,
+            targeted=targeted, at_once=self.candidates,
+            samples=1 if settled else self.eot_samples,
         )  # fmt: skip
         rounds, left = self.generations + int(settled), threat.query_budget
         if left is not None:

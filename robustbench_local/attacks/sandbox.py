@@ -21,14 +21,23 @@ class _Seeded(np.random.RandomState):
 
 
 @contextlib.contextmanager
-def sandbox(seed: int) -> Iterator[None]:
-    """Global generators seeded, nothing printed, no warnings; the caller restores the states."""
+def sandbox(seed: int, device: torch.device) -> Iterator[None]:
+    """Global generators seeded, nothing printed, no warnings; the caller restores the states.
+
+    A GPU is the current one: ART moves models to whichever that is.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     seed_global(seed)
     fresh, log = np.random.RandomState, logging.getLogger("art")
     level = log.level
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        torch.enable_grad(),
+        current,
+    ):
         warnings.simplefilter("ignore")
         np.random.RandomState = _Seeded  # type: ignore[assignment,misc]
         log.setLevel(logging.CRITICAL)

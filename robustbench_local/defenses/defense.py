@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
@@ -16,12 +16,14 @@ from robustbench_local.randomness import reseed
 from robustbench_local.types import Images, Logits, Model
 
 if TYPE_CHECKING:
+    from robustbench_local.data import Split
     from robustbench_local.training.workshop import Workshop
 
 Wrapper: TypeAlias = Callable[[Model], Model]
 """Builds the defended model around a model. Where that draws random numbers, the module it returns
 has `randomized = True`, `reseed(seed)` and `eot_samples`, like a `Preprocess`. It may have
-`in_training`, `at_run_time` and `fit` as well."""
+`in_training`, `at_run_time`, `run_time_only` and `fit` as well, `through(model)` for what is to be
+trained where that is not what is deployed, and `certify(victim, split, seed, progress)`."""
 
 Regularizer: TypeAlias = Callable[[Recipe], Recipe]
 """Makes another recipe of a recipe, such as one that also perturbs the weights."""
@@ -67,6 +69,13 @@ class Defense:
                 f"defense has {len(names)} recipes ({', '.join(names)}) and only one can decide "
                 f"the weights; type defense={names[0]}"
             )
+        for name in self.faced[1:]:
+            if hasattr(self.wrap[name], "certify"):
+                others = [each for each in self.names if each != name]
+                raise UserError(
+                    f"defense.wrap.{name} certifies what comes into it and {self.faced[0]} changes "
+                    f"the image before; type defense=[{','.join([name, *others])}]"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -109,20 +118,39 @@ class Defense:
 
         Every call makes transforms of its own, so that two victims share no random draws.
         """
-        return self._inside(model, self.faced)
+        return self._inside(model, self.faced, training=False)
 
     def through(self, model: Model) -> Model:
         """What recipes train: `model` itself, inside the wraps that take part in training."""
-        return self._inside(model, self.trained_through)
+        return self._inside(model, self.trained_through, training=True)
 
-    def _inside(self, model: Model, names: list[str]) -> Model:
+    def _inside(self, model: Model, names: list[str], *, training: bool) -> Model:
         for name in reversed(names):  # the first one named ends up outermost
             step = self.wrap[name]
             if isinstance(step, Preprocess):
                 model = Wrapped(copy.deepcopy(step), model)
             else:
-                model = step(model)
+                around = getattr(step, "through", step) if training else step
+                model = around(model)
         return model
+
+    def certify(
+        self,
+        victim: Model,
+        split: "Split",
+        *,
+        seed: int = 0,
+        progress: Callable[[int, float], None] = lambda done, certified: None,
+    ) -> Mapping[str, Any] | None:
+        """What the first wrap proves of the victim that `apply` made; None where it proves nothing.
+
+        `progress` is called with the images done since its last call and the certified accuracy.
+        """
+        certify = getattr(self.wrap[self.faced[0]], "certify", None) if self.faced else None
+        if certify is None:
+            return None
+        found: Mapping[str, Any] = certify(victim, split, seed=seed, progress=progress)
+        return found
 
     def randomized(self, victim: Model) -> bool:
         """Whether any part of the victim draws random numbers."""

@@ -1,6 +1,7 @@
 """Judge, audit: what turns the output of an attack into a number that can be believed."""
 
 from robustbench_local.evaluation.audit import SAMPLE, Flag, audit, is_random
+from robustbench_local.evaluation.eot import Averaging, Samples, raise_samples
 from robustbench_local.evaluation.evaluate import (
     Judging,
     Outcomes,
@@ -12,10 +13,12 @@ from robustbench_local.evaluation.judge import Verdict, exact, judge
 
 __all__ = [
     "SAMPLE",
+    "Averaging",
     "Flag",
     "Judging",
     "Outcomes",
     "PerExample",
+    "Samples",
     "Verdict",
     "audit",
     "evaluate",
@@ -23,4 +26,5 @@ __all__ = [
     "exact",
     "is_random",
     "judge",
+    "raise_samples",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from robustbench_local.gradients import is_randomized
 from robustbench_local.oracle import Oracle
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import BudgetError, ThreatModel
-from robustbench_local.types import Images, Labels
+from robustbench_local.types import Images, Labels, Model
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class PerExample:
     attacked: NDArray[np.bool_]
     size: NDArray[np.float64]  # of the perturbation, under the norm of the threat model
     target: NDArray[np.int64]  # the class a targeted attack wanted; -1: any wrong one
+    clean_probabilities: NDArray[np.float16]  # (n, K), softmax, mean over the judge's draws
+    adversarial_probabilities: NDArray[np.float16]  # the same after the attack
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,11 @@ class Judging:
     """How the judge looks: `draws` forward passes per image, seeded by `seed`.
 
     `reseed` seeds the victim's own generators before each draw. More than one draw makes sense for
-    randomised victims only.
+    randomised victims only. `victim` is who is judged where the attack faces somebody else, as one
+    that does not know of a defense does; None: the victim that it faces.
     """
 
+    victim: Model | None = None
     draws: int = 1
     seed: int = 0
     reseed: Callable[[int], None] | None = None
@@ -210,13 +215,14 @@ def _attack_batch(
                 judging.reseed(derive_seed(judging.seed, "attack", int(rows[0])))
 
         with exact():
-            found = _find(oracle, attack, threats, x[chosen], y[chosen], costs, reseed)
+            job = _Job(oracle, attack, threats, x[chosen], y[chosen], costs)
+            found = _find(job, reseed)
 
     results = []
     for threat, x_adv, cost in zip(threats, found, costs, strict=True):
         began = _now(x)
         correct, prediction = clean.correct.clone(), clean.prediction.clone()
-        size = clean.size.clone()
+        size, probabilities = clean.size.clone(), clean.probabilities.clone()
         if attacked.any():
             try:
                 fooled = _verdict(
@@ -227,6 +233,7 @@ def _attack_batch(
             correct[attacked] &= fooled.correct
             prediction[attacked] = fooled.prediction
             size[attacked] = fooled.size
+            probabilities[attacked] = fooled.probabilities
         result = PerExample(
             indices=split.indices[rows].numpy(),
             labels=y.cpu().numpy(),
@@ -237,25 +244,31 @@ def _attack_batch(
             attacked=attacked.numpy(),
             size=size.numpy(),
             target=(wanted if targeted else torch.full_like(wanted, -1)).cpu().numpy(),
+            clean_probabilities=clean.probabilities.half().numpy(),
+            adversarial_probabilities=probabilities.half().numpy(),
         )
         cost.judge_seconds += _now(x) - began + looking / len(threats)
         results.append(result)
     return results
 
 
-def _find(
-    oracle: Oracle,
-    attack: Attack,
-    threats: Sequence[ThreatModel],
-    x: Images,
-    y: Labels,
-    costs: Sequence["_Cost"],
-    reseed: Callable[[], None],
-) -> list[Images]:
+class _Job(NamedTuple):
+    """The images of a batch that are to be attacked, under which threats, at whose cost."""
+
+    oracle: Oracle
+    attack: Attack
+    threats: Sequence[ThreatModel]
+    x: Images
+    y: Labels
+    costs: Sequence["_Cost"]
+
+
+def _find(job: _Job, reseed: Callable[[], None]) -> list[Images]:
     """What the attack makes of the images under each threat model, and what each has cost.
 
     `reseed` puts the victim's own generators where a run of one radius finds them.
     """
+    oracle, attack, threats, x, y, costs = job
     reseed()
     if len(threats) > 1 and attack.minimum_norm:
         oracle.begin(len(x))
@@ -266,7 +279,7 @@ def _find(
         inside = [(sizes <= threat.epsilon).view(-1, 1, 1, 1) for threat in threats]
         return [torch.where(mask, nearest, x) for mask in inside]
     if len(threats) > 1 and attack.per_example_radius and not is_randomized(oracle):
-        return _find_at_once(oracle, attack, threats, x, y, costs)
+        return _find_at_once(job)
     found = []
     for threat, cost in zip(threats, costs, strict=True):
         oracle.begin(len(x))
@@ -276,15 +289,9 @@ def _find(
     return found
 
 
-def _find_at_once(
-    oracle: Oracle,
-    attack: Attack,
-    threats: Sequence[ThreatModel],
-    x: Images,
-    y: Labels,
-    costs: Sequence["_Cost"],
-) -> list[Images]:
+def _find_at_once(job: _Job) -> list[Images]:
     """All radii above 0 in one batch, each image once for each of them."""
+    oracle, attack, threats, x, y, costs = job
     found = [x.clone() for _ in threats]
     some = [place for place, threat in enumerate(threats) if threat.epsilon > 0]
     if some:
@@ -342,7 +349,7 @@ def _verdict(
 ) -> Verdict:
     """Each look at each batch draws afresh: shared noise would pair clean and attacked images."""
     return judge(
-        oracle.victim,
+        judging.victim or oracle.victim,
         x_adv,
         x,
         y,

@@ -28,6 +28,7 @@ class Verdict:
 
     correct: Tensor  # (N, draws) bool
     prediction: Tensor  # int64, of the first draw
+    probabilities: Tensor  # (N, K) float32: the softmax of the logits, averaged over the draws
     size: Tensor  # float64, under the norm of the threat model
 
 
@@ -73,17 +74,22 @@ def judge(
     check_images(x, y, num_classes)
     threat.check(x_adv, x)
     votes, prediction = [], None
+    probabilities = torch.zeros(len(x), num_classes)
     with exact(), pristine(victim), torch.no_grad():
         for draw in range(draws):
             draw_seed = derive_seed(seed, "judge", draw)
             seed_global(draw_seed)
             if reseed is not None:
                 reseed(draw_seed)
-            answer = check_logits(victim(x_adv.float()), x, num_classes).argmax(1)
+            logits = check_logits(victim(x_adv.float()), x, num_classes)
+            probabilities += logits.softmax(1).cpu() / draws
+            answer = logits.argmax(1)
             votes.append(answer == y)
             prediction = answer if prediction is None else prediction
     assert prediction is not None
-    return Verdict(torch.stack(votes, 1).cpu(), prediction.cpu(), threat.size(x_adv, x).cpu())
+    return Verdict(
+        torch.stack(votes, 1).cpu(), prediction.cpu(), probabilities, threat.size(x_adv, x).cpu()
+    )
 
 
 def check_images(x: Images, y: Labels, num_classes: int) -> None:

@@ -22,6 +22,7 @@ def choice_label(config: DictConfig, group: str, choice: str, folders: Iterable[
     untouched = config.copy()
     with open_dict(untouched):
         untouched[group] = OmegaConf.load(file)
+        untouched[group].pop("defaults", None)  # what composing it did elsewhere
     written, given = (
         dict(_leaves(OmegaConf.to_container(root[group], resolve=True)))
         for root in (untouched, config)

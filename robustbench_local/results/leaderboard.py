@@ -14,9 +14,6 @@ from robustbench_local.results.store import Record, Store
 RANKING_ATTACKS = frozenset({"standard", "autoattack"})
 """A row is ranked only with one of these among its attacks; PGD alone is provisional."""
 
-RANKING_ATTACK_OF_RANDOM_VICTIMS = "standard_rand"
-"""Ranks a row too, but only one of a random victim, which the judge looks at more than once."""
-
 ROW = ("dataset", "model", "train", "defense", "norm", "epsilon", "access", "awareness")
 """What names a line of the leaderboard, beside its comparability key."""
 
@@ -86,7 +83,7 @@ def _line(store: Store, records: list[Record]) -> dict[str, object]:
     line["run_ids"] = " ".join(sorted(record["run_id"] for record in used))
     flags = {flag["name"]: flag["severe"] for record in used for flag in record["flags"]}
     line["flags"] = " ".join(sorted(flags))
-    ranking = [record for record in used if _ranks(record)]
+    ranking = [record for record in used if record["labels"]["attack"] in RANKING_ATTACKS]
     # A flag of one attack's, that it used a single draw, is answered by another that used many.
     answered = {"randomized"} if any(_averages(record) for record in ranking) else set()
     withheld = any(severe for name, severe in flags.items() if name not in answered)
@@ -101,17 +98,9 @@ def _line(store: Store, records: list[Record]) -> dict[str, object]:
     for attack in attacks:
         met_by = [met[attack] for met in counted.values() if attack in met]
         put(attack, float(np.mean([record["robust_accuracy"]["value"] for record in met_by])))
-    worst = [_worst_case(store, list(met.values())) for met in counted.values()]
+    worst = [worst_case(store, list(met.values())) for met in counted.values()]
     put("worst_case", float(np.mean(worst) if complete else np.min(worst)))
     return line
-
-
-def _ranks(record: Record) -> bool:
-    """Whether this record lets its row be ranked: by a cascade that fits its victim."""
-    attack = record["labels"]["attack"]
-    if attack == RANKING_ATTACK_OF_RANDOM_VICTIMS:
-        return bool(record["judge_draws"] > 1)
-    return attack in RANKING_ATTACKS
 
 
 def _averages(record: Record) -> bool:
@@ -126,7 +115,7 @@ def _status(*, ranking: bool, complete: bool, withheld: bool) -> str:
     return "ranked" if ranking else "provisional"
 
 
-def _worst_case(store: Store, records: Sequence[Record]) -> float:
+def worst_case(store: Store, records: Sequence[Record]) -> float:
     """Per example over the attacks, then averaged; of a random victim the strongest attack's."""
     outcomes = [store.examples(record["run_id"]) for record in records]
     for other in outcomes[1:]:

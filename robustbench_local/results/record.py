@@ -21,6 +21,7 @@ from robustbench_local.identity import (
     find_object,
 )
 from robustbench_local.results.environment import environment, library_versions
+from robustbench_local.results.metrics import measure
 from robustbench_local.results.statistics import wilson
 from robustbench_local.results.store import RECORD_VERSION, Record
 from robustbench_local.sources import identify
@@ -28,9 +29,6 @@ from robustbench_local.threat import ThreatModel
 
 if TYPE_CHECKING:
     from robustbench_local.training import Trained
-
-AWARENESS = "adaptive"
-"""The attacker faces the defended model; there is no other way yet."""
 
 _CODE = (
     "attacks", "data", "defenses", "evaluation", "models", "training",
@@ -80,7 +78,7 @@ def comparability(settings: Mapping[str, Any], data: Dataset, threat: ThreatMode
                 "access": threat.access,
                 "query_budget": threat.query_budget,
             },
-            "awareness": AWARENESS,
+            "awareness": settings["awareness"],
             "judge": JUDGE_VERSION,
         }
     )
@@ -97,7 +95,9 @@ def make_record(
     outcomes: Outcomes,
     report: Mapping[str, Any],
     preparation: Mapping[str, int],
+    averaged: Mapping[str, Any] | None,
     judge_draws: int,
+    certified: Mapping[str, Any] | None,
     flags: list[Flag],
     device: torch.device,
 ) -> Record:
@@ -128,6 +128,9 @@ def make_record(
             "max": float(sizes.max()) if len(sizes) else None,
         },
         "judge_draws": judge_draws,
+        "metrics": measure(examples, data.num_classes),
+        "certified": None if certified is None else dict(certified),
+        "eot": None if averaged is None else dict(averaged),
         "preparation_passes": dict(preparation),
         "passes_per_attacked_image": {
             "forward": outcomes.forward_passes,

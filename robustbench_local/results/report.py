@@ -1,7 +1,8 @@
 """What a person sees of a finished run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -42,6 +43,7 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
             cells.insert(0, f"{record['config']['threat']['epsilon']:.4g}")
         table.add_row(escape(record["labels"]["attack"]), *cells)
     console.print(table)
+    _show_certificate(records[0], console)
     for record in records:
         _show_parts(record, console, several=len(records) > 1)
     for sentence in dict.fromkeys(sentence for record in records for sentence in doubts(record)):
@@ -51,6 +53,24 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
         state = "recorded before, not run again (force=true runs it)"
     run_ids = " ".join(record["run_id"] for record in records)
     console.print(f"{state}: run {run_ids}; table: {escape(str(leaderboard))}", soft_wrap=True)
+
+
+def _show_certificate(record: Record, console: Console) -> None:
+    """Accuracy that is proved, and only that is called certified."""
+    proved = record.get("certified")
+    if not proved:
+        return
+    heading = (
+        f"certified accuracy, {proved['norm']}, n {proved['images']}, sigma {proved['sigma']:g}, "
+        f"{proved['n']} votes, alpha {proved['alpha']:g}, {proved['abstained']} abstained"
+    )
+    table = Table(title=heading, title_justify="left")
+    for column in ("radius", "certified", "95% interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for radius, share in proved["radii"].items():
+        interval = f"{100 * share['low']:.2f} - {100 * share['high']:.2f}"
+        table.add_row(radius, _percent(share["value"]), interval)
+    console.print(table)
 
 
 def _show_parts(record: Record, console: Console, *, several: bool) -> None:
@@ -71,12 +91,25 @@ def _show_parts(record: Record, console: Console, *, several: bool) -> None:
                 f"{part['seconds']:.1f}",
             )
         console.print(table)
+    averaged = record.get("eot")
+    if averaged:
+        console.print(_draws(averaged) + at, soft_wrap=True)
     figures = [f"{key.replace('_', ' ')} {_plain(value)}" for key, value in report.items()]
     rate = record["target_success_rate"]
     if rate is not None:
         figures.append(f"reached the target class: {_percent(rate)} of the images attacked")
     for figure in figures:
         console.print(escape(figure + at), soft_wrap=True)
+
+
+def _draws(averaged: Mapping[str, Any]) -> str:
+    """How many draws of a random victim the attack averaged, and why so many."""
+    tried = [
+        f"{each['samples']} left {_percent(each['robust_accuracy'])}" for each in averaged["tried"]
+    ]
+    of = f" ({', '.join(tried)} of {averaged['tried'][0]['n']} images)" if tried else ""
+    end = "; more would break more: raise eot.limit" if averaged["stable"] is False else ""
+    return f"draws of the random victim averaged: {averaged['samples']}{of}{end}"
 
 
 def _plain(value: object) -> str:

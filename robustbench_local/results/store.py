@@ -20,7 +20,10 @@ from robustbench_local.identity import file_sha256
 Record: TypeAlias = dict[str, Any]
 """A record as JSON holds it; `results/README.md` lists its keys."""
 
-RECORD_VERSION = 3
+RECORD_VERSION = 4
+"""What is written. Versions from `OLDEST` are read: they lack what was added since."""
+
+OLDEST = 3
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,16 @@ class Store:
     def examples(self, run_id: str) -> PerExample:
         """What happened to each example of a run."""
         with np.load(self.records / f"{run_id}.npz", allow_pickle=False) as arrays:
-            return PerExample(*(arrays[field.name] for field in fields(PerExample)))
+            none = np.zeros((len(arrays["labels"]), 0), np.float16)  # before version 4
+            return PerExample(
+                *(arrays.get(field.name, none) for field in fields(PerExample)),
+            )
 
     def _read(self, path: Path) -> Record | None:
         try:
             record: Record = json.loads(path.read_text("utf-8"))
-            if record["version"] != RECORD_VERSION or record["run_id"] != path.stem:
+            known = OLDEST <= record["version"] <= RECORD_VERSION
+            if not known or record["run_id"] != path.stem:
                 raise ValueError("another version or another run")
             if file_sha256(path.with_suffix(".npz")) != record["examples_sha256"]:
                 raise ValueError("its examples are damaged")

@@ -16,6 +16,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from robustbench_local.attacks import Attack, Transfer
+from robustbench_local.attacks.samples import with_samples
 from robustbench_local.attacks.transfer import Source
 from robustbench_local.data import Split
 from robustbench_local.errors import UserError
@@ -75,8 +76,11 @@ BATCH_DRAWS = {"autoattack"}
 @cache
 def build(choice: str, seed: int = 0) -> Attack:
     """The attack of a YAML file, with fewer steps."""
-    config = OmegaConf.load(Path(__file__).parents[2] / "conf" / "attack" / f"{choice}.yaml")
+    file = Path(__file__).parents[2] / "conf" / "attack" / f"{choice}.yaml"
+    config = OmegaConf.load(file)
+    config.pop("defaults", None)
     config.seed = seed
+    config = OmegaConf.create(with_samples(OmegaConf.to_container(config), 1))
     for node in (config, config.get("kwargs", {}), *config.get("parts", {}).values()):
         for name, few in FEW.items():
             if isinstance(node.get(name), int):

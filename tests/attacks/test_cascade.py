@@ -1,6 +1,6 @@
 """A cascade of attacks whose every move is known."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import ClassVar
 
@@ -244,6 +244,9 @@ def test_a_real_cascade_is_the_worst_case_of_its_parts(
         ({"parts": {"a": 3}}, "attack.parts.a is int; expected an attack"),
         ({"parts": {"a": PGD(target=3)}}, "attack.parts.a.target=3"),
         ({"parts": {"a": Noise()}, "eot_samples": 0}, "attack.eot_samples=0"),
+        ({"parts": {"a": Noise()}, "only_if_random": ["b"]}, "attack.only_if_random names b"),
+        ({"parts": {"a": Noise()}, "only_if_random": ["a"]}, "no part for deterministic victims"),
+        ({"parts": {"a": Noise()}, "skip_if_random": ["a"]}, "no part for random victims"),
     ],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, object], said: str) -> None:
@@ -263,3 +266,19 @@ def test_looks_after_a_part_are_no_samples_of_its_gradients() -> None:
     parts = {"plain": PGD(steps=2), "averaged": PGD(steps=2, eot_samples=20)}
     assert Cascade(parts=parts, eot_samples=20).draws_averaged == 1
     assert Cascade(parts={"averaged": parts["averaged"]}).draws_averaged == 20
+
+
+def test_random_victims_meet_parts_of_their_own() -> None:
+    x, y = numbered(10)
+    parts = {"both": Sets(value=0.1), "moving": Sets(value=0.1), "many": PGD(eot_samples=20)}
+    cascade = Cascade(parts=parts, skip_if_random=["moving"], only_if_random=["many"])
+    assert cascade.draws_averaged == 1
+    assert replace(cascade, skip_if_random=["both", "moving"]).draws_averaged == 20
+
+    def met(victim: nn.Module) -> list[str]:
+        fresh = replace(cascade, parts={name: Sets(value=0.0) for name in parts})
+        fresh(victim, x, y, THREAT)
+        return [part["name"] for part in fresh.report(THREAT)["parts"]]
+
+    assert met(Switch()) == ["both", "moving"]
+    assert met(Coin()) == ["both", "many"]

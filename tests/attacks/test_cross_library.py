@@ -1,6 +1,5 @@
 """The same parameters give the same images as torchattacks, ART and Foolbox."""
 
-import copy
 import warnings
 from collections.abc import Callable
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchattacks
-from conftest import accuracy
+from conftest import Double, accuracy
 from torch import Tensor, nn
 
 from robustbench_local.attacks import PGD
@@ -29,18 +28,6 @@ Run = Callable[[nn.Module, Tensor, Tensor], Tensor]
 EPSILON = 0.125
 STEP = 1 / 64
 STEPS = 12
-
-
-class Double(nn.Module):
-    """The network in float64 inside: no sign of a gradient hangs on how a library sums up."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        # A copy: `digit_model` stays float32 for the other tests.
-        self.model = copy.deepcopy(model).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.double())
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """Momentum, input diversity and smoothing, each against another implementation of it."""
 
-import copy
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 import torchattacks
-from conftest import LinearVictim, accuracy
+from conftest import Double, LinearVictim, Recording, accuracy
 from scipy.signal import convolve2d
 from scipy.stats import norm as gauss
 from torch import Tensor, nn
@@ -18,30 +17,6 @@ from robustbench_local.errors import UserError
 from robustbench_local.threat import ThreatModel
 
 LINF = ThreatModel(norm="linf", epsilon=0.125)
-
-
-class Recording(nn.Module):
-    """A linear victim that keeps the images it was shown."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(x.detach().clone())
-        return self.model(x)
-
-
-class Double(nn.Module):
-    """The network in float64 inside, see `test_cross_library`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = copy.deepcopy(model).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.double())
 
 
 def linear(shape: tuple[int, int, int], classes: int = 3) -> LinearVictim:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchattacks
-from conftest import LinearVictim, LogSoftmax, NoisyLogits
+from conftest import LinearVictim, LogSoftmax, NoisyLogits, Recording
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -250,19 +250,6 @@ def test_no_disguise_of_the_scores_helps(disguise: str, pixels: int) -> None:
     assert share_hidden >= share - 0.01 - 1e-9
 
 
-class Recorder(nn.Module):
-    """Remembers every image it is shown."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(x.clone())
-        return self.model(x)
-
-
 class Stubborn(nn.Module):
     """Always class 0, with a score that depends on the pixels: nothing breaks it."""
 
@@ -280,7 +267,7 @@ def test_no_image_is_asked_about_twice_and_the_search_is_the_same(
     x = ((254 * images((1, 8, 8), 2)).floor() + 0.5) / 255
     y = torch.zeros(2, dtype=torch.int64)
     attack = OnePixel(population=50, generations=60)
-    record = Recorder(Stubborn())
+    record = Recording(Stubborn())
     x_adv = attack(record, x, y, threat(pixels))
     seen = torch.cat(record.seen)
     distinct = len(seen.flatten(1).unique(dim=0))
@@ -290,7 +277,7 @@ def test_no_image_is_asked_about_twice_and_the_search_is_the_same(
     if pixels == 2:  # not of four: their numbers would be too long
         assert len(seen) < 0.9 * 2 * 50 * 61
     monkeypatch.setattr(Memory, "fits", lambda *numbers: False)
-    forgetful = Recorder(Stubborn())
+    forgetful = Recording(Stubborn())
     assert torch.equal(attack(forgetful, x, y, threat(pixels)), x_adv)
     assert sum(map(len, forgetful.seen)) == 2 * 50 * 61
     assert len(torch.cat(forgetful.seen).flatten(1).unique(dim=0)) == distinct
@@ -305,7 +292,7 @@ def test_the_size_of_a_forward_pass_is_bounded_and_does_not_matter(candidates: i
         OnePixel(population=12, generations=6, candidates=candidates),
         OnePixelExhaustive(levels=2, candidates=candidates),
     ):
-        record = Recorder(model)
+        record = Recording(model)
         x_adv = attack(record, x, y, threat())
         longest = max(len(part) for part in record.seen)
         assert longest <= (candidates or 2048)

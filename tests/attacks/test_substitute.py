@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import LinearVictim, accuracy
+from conftest import Counting, LinearVictim, accuracy
 from torch import Tensor, nn
 
 from robustbench_local.attacks import PGD, Momentum, Substitute
@@ -25,19 +25,6 @@ from robustbench_local.threat import ThreatModel
 
 LABELS = ThreatModel(norm="linf", epsilon=0.2, access="labels")
 SMALL = {"seeds": 12, "rounds": 3, "epochs": 3, "models": (MLP,)}
-
-
-class Counting(nn.Module):
-    """A victim that counts the images it is asked about, itself."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.count = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count += len(x)
-        return self.model(x)
 
 
 class Misleading(nn.Module):
@@ -122,9 +109,9 @@ def test_queries_are_counted_where_the_victim_is(budget: int) -> None:
     data = split(victim(), 12)  # seeds only: nothing is left to measure on
     attack = Substitute(**SMALL, query_budget=budget).fit(watched, data, LABELS)
     expected = min(budget, 12 * 2**2)
-    assert counting.count == attack.report(LABELS)["queries"] == watched.forward_passes == expected
+    assert counting.images == attack.report(LABELS)["queries"] == watched.forward_passes == expected
     attack(watched, *images(), LABELS)
-    assert counting.count == expected, "the victim was asked while the images were made"
+    assert counting.images == expected, "the victim was asked while the images were made"
 
 
 def test_what_the_harness_measures_is_not_charged() -> None:
@@ -132,7 +119,7 @@ def test_what_the_harness_measures_is_not_charged() -> None:
     watched = oracle(counting)
     report = Substitute(**SMALL).fit(watched, split(victim()), LABELS).report(LABELS)
     assert report["queries"] == watched.forward_passes == 48
-    assert counting.count > 48
+    assert counting.images > 48
     assert report["held_out_images"] == 40 - 12
     assert report["agreement_with_victim"] == report["substitute_accuracy"]  # it is always right
     assert 0 <= report["transfer_rate"] <= 1
@@ -234,7 +221,7 @@ def test_the_number_of_seeds_is_checked_before_any_query() -> None:
     ):
         with pytest.raises(UserError, match=complaint):
             Substitute(**{**SMALL, "seeds": seeds}).fit(oracle(counting), split(victim()), LABELS)
-    assert counting.count == 0
+    assert counting.images == 0
 
 
 def test_it_says_when_it_was_not_prepared() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchattacks
-from conftest import accuracy, digit_cnn, train
+from conftest import Counting, accuracy, digit_cnn, train
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
@@ -30,19 +30,6 @@ pytestmark = pytest.mark.slow
 
 GENERATIONS = 100
 Attack = Callable[[Tensor, Tensor], Tensor]
-
-
-class Counting(nn.Module):
-    """A victim that counts the images it is shown."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.images = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.images += len(x)
-        return self.model(x)
 
 
 def population(x: Tensor) -> int:

@@ -430,3 +430,81 @@ def test_heavy_libraries_are_not_imported_for_help_nor_unused_ones_for_a_run(tmp
             text=True,
         )
         assert finished.stdout.splitlines()[-1].split() == ["LOADED", *expected], finished.stderr
+
+
+OWN_DEFENSES = """
+import torch
+from robustbench_local.defenses import Preprocess
+
+class Rounding(Preprocess):
+    def transform(self, x):
+        return (x * 3).round() / 3
+
+class Noisy(Preprocess):
+    randomized = True
+    differentiable = True
+
+    def transform(self, x):
+        draw = torch.randn(x.shape, generator=self.generator(x.device), device=x.device)
+        return (x + 0.2 * draw).clamp(0, 1)
+"""
+
+
+@pytest.fixture
+def own_defenses():
+    """Two defenses of the user's, in the folder that `cli` runs in."""
+    Path("own_defenses.py").write_text(OWN_DEFENSES)
+    folder = Path("own/defense")
+    folder.mkdir(parents=True)
+    for name in ("Rounding", "Noisy"):
+        text = f"wrap:\n  {name.lower()}:\n    _target_: own_defenses.{name}\n"
+        (folder / f"{name.lower()}.yaml").write_text(text)
+    yield "--config-dir", "own"
+    sys.modules.pop("own_defenses", None)
+
+
+def test_attacks_that_ignore_a_defense_and_attacks_that_know_it(cli, own_defenses):
+    words = ("dataset.test_size=60", "eot.sample=20", "judge_draws=4", "attack=fgsm,pgd")
+    done = cli("-m", *own_defenses, *QUICK, *words, "defense=none,rounding,noisy",
+               "awareness=oblivious,adaptive")  # fmt: skip
+    assert done.code == 0, done.err
+    runs = list(records().values())
+    by = {
+        (r["labels"]["defense"], r["labels"]["attack"], r["labels"]["awareness"]): r for r in runs
+    }
+    # Without anything in front of the network there is nothing to ignore: one run for both.
+    assert {key for key in by if key[0] == "none"} == {
+        ("none", "fgsm", "adaptive"), ("none", "pgd", "adaptive"),
+    }  # fmt: skip
+    assert "awareness=oblivious is the same as adaptive" in done.err
+    oblivious, adaptive = (by["rounding", "pgd", a] for a in ("oblivious", "adaptive"))
+    assert oblivious["comparability"] != adaptive["comparability"]
+    assert oblivious["config"]["attack"]["early_stop"] is False
+    assert adaptive["config"]["attack"]["early_stop"] is True
+    assert adaptive["robust_accuracy"]["value"] <= oblivious["robust_accuracy"]["value"]
+    noisy = by["noisy", "pgd", "adaptive"]
+    assert noisy["judge_draws"] == 4
+    assert noisy["eot"]["samples"] in (20, 40, 80) and noisy["eot"]["tried"][0]["n"] == 20
+    assert noisy["passes_per_attacked_image"]["forward"] >= 40 * noisy["eot"]["samples"]
+    assert by["noisy", "pgd", "oblivious"]["eot"] is None
+    table = pd.read_csv(next(Path("results/comparisons").glob("*.csv")))
+    assert len(table) == 10 + 3  # runs, and a worst case for each victim
+    assert "rounding" in done.out and "worst case" in done.out.replace("\n", " ")
+    bad = cli(*QUICK, "awareness=blind")
+    assert bad.code == 1 and "expected adaptive" in bad.err
+
+
+def test_metrics_are_in_the_record(cli):
+    assert cli(*QUICK).code == 0
+    (record,) = records().values()
+    n, clean = record["n"], record["metrics"]["clean"]
+    confusion = np.array(clean["confusion"])
+    assert confusion.shape == (10, 10) and confusion.sum() == n
+    assert np.trace(confusion) / n == pytest.approx(record["clean_accuracy"]["value"])
+    shares = record["metrics"]["robust_accuracy_per_class"]
+    assert np.average(shares, weights=confusion.sum(1)) == pytest.approx(
+        record["robust_accuracy"]["value"]
+    )
+    assert 0.8 < clean["macro"]["roc_auc"] <= 1
+    arrays = np.load(f"results/records/{record['run_id']}.npz")
+    assert arrays["clean_probabilities"].sum(1) == pytest.approx(np.ones(n), abs=5e-3)

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
@@ -14,7 +15,7 @@ from robustbench_local.__main__ import CONF, lifted
 from robustbench_local.attacks import Attack
 from robustbench_local.data import Source
 from robustbench_local.defenses import Defense
-from robustbench_local.run import build
+from robustbench_local.run import build, build_attack
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training import Schedule
 
@@ -29,12 +30,16 @@ def composed(*overrides):
         return compose("config", list(overrides), return_hydra_config=True)
 
 
+def attack_of(config, samples=1):
+    return build_attack({"attack": OmegaConf.to_container(config.attack, resolve=True)}, samples)
+
+
 @pytest.mark.parametrize(("group", "choice"), FILES)
 def test_every_file_builds_what_its_group_means(group, choice):
     config = composed(f"{group}={choice}")
     node = config[group]
     if group == "attack":
-        assert isinstance(build(node), Attack)
+        assert isinstance(attack_of(config), Attack)
     elif group == "dataset":
         assert isinstance(build(node), Source)
     elif group == "threat":
@@ -54,7 +59,7 @@ def test_every_file_builds_what_its_group_means(group, choice):
 @pytest.mark.parametrize("choice", [path.stem for path in (CONF / "experiment").glob("*.yaml")])
 def test_every_experiment_composes(choice):
     config = composed(f"+experiment={choice}")
-    assert isinstance(build(config.attack), Attack)
+    assert isinstance(attack_of(config), Attack)
 
 
 @pytest.mark.parametrize("choice", [path.stem for path in (CONF / "experiment").glob("*.yaml")])
@@ -63,7 +68,7 @@ def test_every_choice_that_an_experiment_sweeps_over_composes(choice):
     for key, values in params.items():
         for value in str(values).split(","):
             config = composed(f"+experiment={choice}", f"{key}={value}")
-            assert isinstance(build(config.attack), Attack)
+            assert isinstance(attack_of(config), Attack)
             assert Defense(**build(config.defense)).name in (value, "none")
 
 
@@ -99,7 +104,31 @@ def test_every_quoted_command_composes(command):
         else override.input_line
         for override in parsed
     ]
-    assert isinstance(build(composed(*lifted(first)).attack), Attack)
+    assert isinstance(attack_of(composed(*lifted(first))), Attack)
+
+
+@pytest.mark.parametrize(
+    ("words", "norm"),
+    [
+        (["attack=one_pixel"], "l0"),
+        (["attack=one_pixel", "dataset=cifar10"], "l0"),
+        (["attack=one_pixel", "threat=mnist_linf"], "linf"),
+        (["+experiment=pgd", "attack=spatial"], "spatial"),
+        (["attack=sparse_l1_descent"], "l1"),
+        (["attack=pgd"], "linf"),
+        (["attack=pgd", "threat=mnist_l0"], "l0"),
+    ],
+)
+def test_an_attack_brings_the_only_threat_it_serves_unless_one_is_chosen(words, norm):
+    assert composed(*words).threat.norm == norm
+
+
+def test_the_number_of_draws_is_left_to_the_victim():
+    config = composed("attack=standard", "attack.parts.apgd_ce.eot_samples=7")
+    for samples in (1, 20):
+        attack = attack_of(config, samples)
+        assert attack.eot_samples == attack.parts["apgd_dlr"].eot_samples == samples
+        assert attack.parts["apgd_ce"].eot_samples == 7
 
 
 @pytest.mark.parametrize("library", ["torchattacks", "art"])
@@ -107,9 +136,17 @@ def test_hyper_parameters_of_other_libraries_need_no_plus(library):
     name, key = {"torchattacks": ("PGD", "steps"), "art": ("HopSkipJump", "max_iter")}[library]
     words = [f"attack={library}", f"attack.name={name}", f"attack.kwargs.{key}=7", "seed=3"]
     assert lifted(words) == [*words[:2], f"++attack.kwargs.{key}=7", "seed=3"]
-    attack = build(composed(*lifted(words)).attack)
+    attack = attack_of(composed(*lifted(words)))
     assert (attack.name, dict(attack.kwargs), attack.seed) == (name, {key: 7}, 3)
     assert type(attack.kwargs) is dict
+
+
+def test_parameters_of_arts_preprocessors_need_no_plus():
+    words = ["defense=art", "defense.wrap.art.name=FeatureSqueezing"]
+    words += ["defense.wrap.art.kwargs.bit_depth=3"]
+    part = build(composed(*lifted(words)).defense)["wrap"]["art"]
+    x = torch.linspace(0, 1, 64).view(1, 1, 8, 8)
+    assert torch.allclose(part(x), (x * 7).round() / 7)
 
 
 def test_the_readme_quotes_commands():

@@ -14,6 +14,13 @@ from robustbench_local.results.labels import choice_label
         ("attack", "pgd", ["seed=3"], "pgd"),
         ("attack", "pgd", ["attack.steps=100", "attack.restarts=5"], "pgd-restarts5-steps100"),
         ("attack", "fgsm", ["attack=fgsm", "attack.loss=dlr"], "fgsm-lossdlr"),
+        ("attack", "one_pixel", ["attack=one_pixel"], "one_pixel"),
+        (
+            "attack",
+            "few_pixel",
+            ["attack=few_pixel", "attack.population=9"],
+            "few_pixel-population9",
+        ),
         ("train", "mnist", ["train.epochs=1"], "mnist-epochs1"),
         ("model", "custom", ["model=custom", "model._target_=a.b.Net"], "custom-Net"),
         (

@@ -9,6 +9,7 @@ import pytest
 
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation import PerExample
+from robustbench_local.identity import file_sha256
 from robustbench_local.results import Store, fold, wilson, write_leaderboard
 from robustbench_local.results.store import RECORD_VERSION, check_writable
 
@@ -19,7 +20,10 @@ def examples(robust, clean=None):
     clean = np.ones(n) if clean is None else np.asarray(clean, float)
     whole = np.zeros(n, np.int64)
     size, target = np.zeros(n), whole - 1
-    return PerExample(np.arange(n), whole, clean, robust, whole, whole, clean > 0, size, target)
+    said = np.zeros((n, 3), np.float16)
+    return PerExample(
+        np.arange(n), whole, clean, robust, whole, whole, clean > 0, size, target, said, said
+    )
 
 
 def record(
@@ -138,8 +142,7 @@ def test_a_severe_flag_withholds_the_rank(store):
         ("standard", 1, "ranked"),
         ("standard-steps9", 1, "provisional"),
         ("autoattack", 1, "ranked"),
-        ("standard_rand", 1, "provisional"),
-        ("standard_rand", 10, "ranked"),
+        ("standard", 10, "ranked"),
     ],
 )
 def test_a_cascade_that_fits_the_victim_ranks_a_row(store, attack, judge_draws, status):
@@ -152,13 +155,13 @@ def test_a_cascade_that_fits_the_victim_ranks_a_row(store, attack, judge_draws, 
 def test_of_a_random_victim_the_strongest_attack_counts_and_one_good_cascade_is_enough(store):
     """The least of several noisy shares would fall with every attack added."""
     single_draw = {"flags": [("randomized", True)], "judge_draws": 10}
-    add(store, "a", [0.9, 0.2, 0.4, 0.5], attack="standard_rand", judge_draws=10)
+    add(store, "a", [0.9, 0.2, 0.4, 0.5], attack="standard", judge_draws=10)
     add(store, "b", [0.5, 0.9, 0.9, 0.9], attack="noise", **single_draw)
     (line,) = fold(store).to_dict("records")
-    assert line["worst_case"] == line["standard_rand"] == pytest.approx(0.5)
+    assert line["worst_case"] == line["standard"] == pytest.approx(0.5)
     assert (line["status"], line["flags"]) == ("ranked", "randomized")
     add(store, "c", [0.5, 0.9, 0.9, 0.9], attack="noise", seed=1, **single_draw)
-    add(store, "d", [0.5, 0.9, 0.9, 0.9], attack="standard_rand", seed=1, **single_draw)
+    add(store, "d", [0.5, 0.9, 0.9, 0.9], attack="standard", seed=1, **single_draw)
     lines = fold(store).to_dict("records")
     assert [line["status"] for line in lines] == ["ranked"]
 
@@ -238,3 +241,21 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_writes_nothing(tmp_pat
         check_writable(file / "results", "paths.results")
     check_writable(tmp_path / "new" / "results", "paths.results")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_record_of_the_version_before_is_still_counted(store):
+    add(store, "a", [1, 0])
+    file = store.records / "a.json"
+    old = json.loads(file.read_text())
+    arrays = dict(np.load(store.records / "a.npz"))
+    for name in ("clean_probabilities", "adversarial_probabilities"):
+        del arrays[name]
+    np.savez_compressed(store.records / "a.npz", **arrays)
+    digest = file_sha256(store.records / "a.npz")
+    file.write_text(json.dumps({**old, "version": 3, "examples_sha256": digest}))
+    (line,) = fold(store).to_dict("records")
+    assert line["worst_case"] == 0.5
+    assert store.examples("a").clean_probabilities.shape == (2, 0)
+    file.write_text(json.dumps({**old, "version": 2, "examples_sha256": digest}))
+    with pytest.warns(UserWarning, match="another version"):
+        assert fold(store).empty

@@ -1,0 +1,89 @@
+"""How a classifier errs, beyond accuracy: per class, which class for which, and how confidently."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustbench_local.evaluation.evaluate import PerExample
+
+
+def measure(examples: PerExample, classes: int) -> dict[str, Any]:
+    """Metrics of the clean images and of the attacked ones, as JSON holds them.
+
+    Each of `clean` and `attacked` has
+
+    - `confusion`: (K, K) counts, a row for each true class, a column for each predicted one,
+    - `precision`, `recall`, `f1`: a number for each class; 0 where a class is never predicted or
+      does not occur,
+    - `macro`: their means over the classes that occur, and `roc_auc` (one class against the rest,
+      mean over the classes; null where only one class occurs),
+    - `confidence`: the mean probability of the predicted class, where that is right and where it is
+      wrong (null where there is none).
+
+    `robust_accuracy_per_class` counts as everywhere: right before and after the attack, over all
+    images of the class; null for a class without images. Predictions are those of the judge's first
+    draw, probabilities the mean over its draws; images wrong from the start count as they were.
+    """
+    share = [examples.robust_correct[examples.labels == label] for label in range(classes)]
+    return {
+        "robust_accuracy_per_class": [float(of.mean()) if len(of) else None for of in share],
+        "clean": _look(
+            examples.labels, examples.clean_prediction, examples.clean_probabilities, classes
+        ),
+        "attacked": _look(
+            examples.labels,
+            examples.adversarial_prediction,
+            examples.adversarial_probabilities,
+            classes,
+        ),
+    }
+
+
+def _look(
+    labels: NDArray[np.int64],
+    predicted: NDArray[np.int64],
+    probabilities: NDArray[np.float16],
+    classes: int,
+) -> Mapping[str, Any]:
+    # Imported where used: a run of which the record is known needs none of it.
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    every = np.arange(classes)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, predicted, labels=every, zero_division=0
+    )
+    occurs = support > 0
+    confidence = probabilities[np.arange(len(labels)), predicted].astype(np.float64)
+    right = predicted == labels
+    return {
+        "confusion": confusion_matrix(labels, predicted, labels=every).tolist(),
+        "precision": precision.tolist(),
+        "recall": recall.tolist(),
+        "f1": f1.tolist(),
+        "macro": {
+            "precision": float(precision[occurs].mean()),
+            "recall": float(recall[occurs].mean()),
+            "f1": float(f1[occurs].mean()),
+            "roc_auc": _roc_auc(labels, probabilities, every[occurs]),
+        },
+        "confidence": {
+            "right": float(confidence[right].mean()) if right.any() else None,
+            "wrong": float(confidence[~right].mean()) if not right.all() else None,
+        },
+    }
+
+
+def _roc_auc(
+    labels: NDArray[np.int64], probabilities: NDArray[np.float16], occurring: NDArray[np.int64]
+) -> float | None:
+    from sklearn.metrics import roc_auc_score
+
+    if len(occurring) < 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an undefined area would come back as NaN
+        areas = [roc_auc_score(labels == label, probabilities[:, label]) for label in occurring]
+    return float(np.mean(areas))
