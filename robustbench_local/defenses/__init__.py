@@ -3,9 +3,11 @@
 A new one is a file here and a YAML in conf/defense/.
 """
 
-from robustbench_local.defenses.adversarial_training import AdversarialTraining
+from robustbench_local.defenses.adversarial_training import AdversarialRecipe, AdversarialTraining
 from robustbench_local.defenses.art_adapter import ArtPreprocessor
 from robustbench_local.defenses.art_detector import ArtDetector
+from robustbench_local.defenses.augmentation import AugmentedTraining
+from robustbench_local.defenses.awp import AWP
 from robustbench_local.defenses.bilateral import Bilateral
 from robustbench_local.defenses.defense import (
     Defense,
@@ -23,30 +25,39 @@ from robustbench_local.defenses.detection import (
     describe_detection,
 )
 from robustbench_local.defenses.detector_network import DetectorNetwork
+from robustbench_local.defenses.distillation import Distillation
+from robustbench_local.defenses.fast_adversarial_training import FastAdversarialTraining
 from robustbench_local.defenses.feature_squeezing import FeatureSqueezing
 from robustbench_local.defenses.feature_squeezing_detector import FeatureSqueezingDetector
+from robustbench_local.defenses.free_adversarial_training import FreeAdversarialTraining
 from robustbench_local.defenses.gaussian import Gaussian
 from robustbench_local.defenses.jpeg import Jpeg, JpegRandom, JpegSlq, JpegVote
+from robustbench_local.defenses.mart import Mart
 from robustbench_local.defenses.median import Median
+from robustbench_local.defenses.mixing import Mixing
 from robustbench_local.defenses.noise_fusion import NoiseFusion
 from robustbench_local.defenses.non_local_means import NonLocalMeans
 from robustbench_local.defenses.preprocess import Preprocess
 from robustbench_local.defenses.quantize import BitDepth, Quantize
 from robustbench_local.defenses.randomized_smoothing import RandomizedSmoothing
-from robustbench_local.defenses.recipe import Criterion, Recipe, Standard
+from robustbench_local.defenses.recipe import Criterion, Objective, Recipe, Standard
 from robustbench_local.defenses.resize_pad import ResizePad
 from robustbench_local.defenses.rse import RSE
 from robustbench_local.defenses.sap import SAP
 from robustbench_local.defenses.temperature import Temperature
 from robustbench_local.defenses.total_variation import TotalVariation
+from robustbench_local.defenses.trades import DivergenceAscent, Trades
 from robustbench_local.defenses.trial import check_defense
 
 __all__ = [
+    "AWP",
     "RSE",
     "SAP",
+    "AdversarialRecipe",
     "AdversarialTraining",
     "ArtDetector",
     "ArtPreprocessor",
+    "AugmentedTraining",
     "Bilateral",
     "BitDepth",
     "Calibration",
@@ -56,16 +67,23 @@ __all__ = [
     "Detecting",
     "Detector",
     "DetectorNetwork",
+    "Distillation",
+    "DivergenceAscent",
+    "FastAdversarialTraining",
     "FeatureSqueezing",
     "FeatureSqueezingDetector",
+    "FreeAdversarialTraining",
     "Gaussian",
     "Jpeg",
     "JpegRandom",
     "JpegSlq",
     "JpegVote",
+    "Mart",
     "Median",
+    "Mixing",
     "NoiseFusion",
     "NonLocalMeans",
+    "Objective",
     "Preprocess",
     "Quantize",
     "RandomizedSmoothing",
@@ -76,6 +94,7 @@ __all__ = [
     "Standard",
     "Temperature",
     "TotalVariation",
+    "Trades",
     "Wrapped",
     "Wrapper",
     "check_defense",

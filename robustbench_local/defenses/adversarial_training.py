@@ -1,12 +1,13 @@
 """Training on the perturbed images that an attack finds on the way."""
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from robustbench_local.attacks import PGD, Attack
-from robustbench_local.defenses.recipe import Criterion, Recipe
+from robustbench_local.defenses.recipe import Criterion, Objective, Recipe
 from robustbench_local.errors import UserError
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
@@ -14,22 +15,17 @@ from robustbench_local.types import Images, Labels, Logits, Model
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdversarialTraining(Recipe):
-    """PGD adversarial training (Madry et al. 2018, arXiv:1706.06083).
+class AdversarialRecipe(Recipe):
+    """What all training on perturbed images has in common; a subclass says how to `craft` them.
 
-    - `attack` finds the images to train on, within `threat`: the training budget, which is not the
-      budget of the evaluation. It is the same class that evaluates, without early stop.
+    - `threat`: the training budget, which is not the budget of the evaluation.
     - `validation` measures every epoch, at the full training budget.
     - `epsilon_ramp`: the share of the training over which epsilon grows from 0, linearly. 0 for
-      none. Epochs that begin before its end are not selected.
-
-    Deviations from the paper: the ramp, without which MNIST at linf 0.3 often ends in a constant
-    prediction, and images crafted with the network in eval mode.
+      none.
     """
 
     adversarial: ClassVar[bool] = True
 
-    attack: Attack
     threat: ThreatModel
     validation: Attack = PGD(steps=10, step_size=0.25)  # noqa: RUF009  # frozen, so shared safely
     epsilon_ramp: float = 0.5
@@ -40,8 +36,21 @@ class AdversarialTraining(Recipe):
                 f"epsilon_ramp={self.epsilon_ramp:g}; expected the share of the training over "
                 "which epsilon grows, from 0 to 1"
             )
-        self.attack.require(self.threat)
         self.validation.require(self.threat)
+
+    @abstractmethod
+    def craft(self, model: Model, x: Images, y: Labels, threat: ThreatModel, seed: int) -> Images:
+        """The images to train on, for a `model` in train mode, which is left so.
+
+        `threat` has the epsilon of this step, every draw derives from `seed`.
+        """
+
+    def risk(
+        self, model: Model, x: Images, x_adv: Images, y: Labels, criterion: Criterion
+    ) -> tuple[Tensor, Logits]:
+        """The loss on images and what was crafted from them; the logits are those of `x_adv`."""
+        logits: Logits = model(x_adv)
+        return criterion(logits, y), logits
 
     def loss(
         self,
@@ -55,11 +64,26 @@ class AdversarialTraining(Recipe):
         seed: int,
     ) -> tuple[Tensor, Logits]:
         """See `Recipe.loss`."""
+        return self.objective(
+            model, x, y, criterion=criterion, progress=progress, step=step, seed=seed
+        )(model)
+
+    def objective(
+        self,
+        model: Model,
+        x: Images,
+        y: Labels,
+        *,
+        criterion: Criterion,
+        progress: float,
+        step: int,
+        seed: int,
+    ) -> Objective:
+        """See `Recipe.objective`."""
         share = 1.0 if self.settled(progress) else progress / self.epsilon_ramp
         threat = replace(self.threat, epsilon=self.threat.epsilon * share)
-        attack = replace(self.attack, seed=derive_seed(seed, step))
-        logits: Logits = model(attack(model, x, y, threat))
-        return criterion(logits, y), logits
+        x_adv = self.craft(model, x, y, threat, derive_seed(seed, step))
+        return lambda network: self.risk(network, x, x_adv, y, criterion)
 
     def validation_attack(self) -> tuple[Attack, ThreatModel]:
         """See `Recipe.validation_attack`."""
@@ -68,3 +92,25 @@ class AdversarialTraining(Recipe):
     def settled(self, progress: float) -> bool:
         """Whether epsilon has reached its full size."""
         return progress >= self.epsilon_ramp
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialTraining(AdversarialRecipe):
+    """PGD adversarial training (Madry et al. 2018, arXiv:1706.06083).
+
+    `attack` finds the images to train on, within `threat`: the same class that evaluates, without
+    early stop. The other fields are those of `AdversarialRecipe`.
+
+    Deviations from the paper: the ramp, without which MNIST at linf 0.3 often ends in a constant
+    prediction, and images crafted with the network in eval mode.
+    """
+
+    attack: Attack
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.attack.require(self.threat)
+
+    def craft(self, model: Model, x: Images, y: Labels, threat: ThreatModel, seed: int) -> Images:
+        """See `AdversarialRecipe.craft`."""
+        return replace(self.attack, seed=seed)(model, x, y, threat)

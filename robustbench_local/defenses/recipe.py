@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Criterion: TypeAlias = Callable[[Logits, Labels], Tensor]
 """Mean loss of a batch, a scalar: cross-entropy with the schedule's label smoothing."""
 
+Objective: TypeAlias = Callable[[Model], tuple[Tensor, Logits]]
+"""The loss of one training step and its logits, as a function of the network alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
@@ -32,6 +35,18 @@ class Recipe(ABC):
     def prepare(self, workshop: "Workshop") -> Self:
         """Get what the training needs beside the data, such as a teacher. The default: nothing."""
         return self
+
+    def begin(self) -> Self:
+        """The recipe for one epoch: whatever a step hands on to the next one starts anew.
+
+        Else a training that was killed, which goes on after a whole epoch, would end elsewhere.
+        """
+        return self
+
+    @property
+    def replays(self) -> int:
+        """How many steps in a row train on the same minibatch."""
+        return 1
 
     @abstractmethod
     def loss(
@@ -52,12 +67,35 @@ class Recipe(ABC):
         training that was killed goes on as if nothing had happened.
         """
 
+    def objective(
+        self,
+        model: Model,
+        x: Images,
+        y: Labels,
+        *,
+        criterion: Criterion,
+        progress: float,
+        step: int,
+        seed: int,
+    ) -> Objective:
+        """`loss` for whoever needs it more than once in a step, at `model` and near it.
+
+        A recipe that looks for perturbed images does so here, once.
+        """
+
+        def again(network: Model) -> tuple[Tensor, Logits]:
+            return self.loss(
+                network, x, y, criterion=criterion, progress=progress, step=step, seed=seed
+            )
+
+        return again
+
     def validation_attack(self) -> "tuple[Attack, ThreatModel] | None":
         """What the robust validation accuracy is measured with; None where there is none."""
         return None
 
     def settled(self, progress: float) -> bool:
-        """Whether training is past its warm-up here: only such epochs may be selected."""
+        """Whether training is past its warm-up here: until then no patience is lost."""
         return True
 
 

@@ -62,15 +62,23 @@ class Course:
         """Number of whole epochs."""
         return len(self.history)
 
-    def add(self, entry: dict[str, Any], model: nn.Module, *, last: bool) -> None:
+    def over(self, epochs: int, patience: int | None) -> bool:
+        """Whether training ends here: after all epochs, or `patience` in a row without a better.
+
+        Those of a warm-up do not count against it.
+        """
+        worse = sum(entry["settled"] for entry in self.history[self.selected :])
+        return self.epoch >= epochs or (patience is not None and worse >= patience)
+
+    def add(self, entry: dict[str, Any], model: nn.Module) -> None:
         """Note an epoch, and keep its weights where it is the best so far.
 
         Robust validation accuracy decides where it was measured, else validation accuracy; the
-        later epoch wins a tie. Only settled epochs count, and the last one where none is.
+        later epoch wins a tie. An epoch of the warm-up counts like any other, since it was measured
+        at the full budget too: a training that collapses when epsilon has grown is rolled back
+        behind that.
         """
         self.history.append(entry)
-        if not entry["settled"] and not (last and self.selected == 0):
-            return
         if self.selected == 0 or _score(entry) >= _score(self.history[self.selected - 1]):
             self.selected = int(entry["epoch"])
             self.weights = {

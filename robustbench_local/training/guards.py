@@ -1,7 +1,7 @@
 """What tells a training that failed although its numbers look fine."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from robustbench_local.training.course import Course
 
 DROP = 0.2
-"""A collapse: robust validation accuracy falls by more than this from one epoch to the next."""
+"""A collapse: robust validation accuracy falls by more than this below an earlier epoch."""
 
 GAP = 0.3
 """Training accuracy above robust accuracy by more than this: the training attack misses much."""
+
+STRONGER = (
+    "train with a stronger attack: defense=adversarial_training, with more train.adversarial_steps"
+)
 
 
 def find_warnings(
@@ -32,8 +36,7 @@ def find_warnings(
     found = [_at_chance(data, history[best - 1])]
     attack = recipe.validation_attack()
     if attack is not None:
-        settled = [entry for entry in history if entry["settled"]]
-        found.append(_collapse(settled, best))
+        found.append(_collapse(history, best))
         last = history[-1]
         if not last["settled"]:
             found.append(
@@ -63,10 +66,10 @@ def _at_chance(data: "Dataset", entry: Mapping[str, Any]) -> str:
     )
 
 
-def _collapse(settled: Sequence[Mapping[str, Any]], best: int) -> str:
-    """The largest fall from one epoch to the next (arXiv:2001.03994, section 5)."""
+def _collapse(history: Sequence[Mapping[str, Any]], best: int) -> str:
+    """The largest fall below an earlier epoch (arXiv:2001.03994, section 5)."""
     key = "robust_validation_accuracy"
-    falls = [(a[key] - b[key], a, b) for a, b in pairwise(settled)]
+    falls = [(a[key] - b[key], a, b) for a, b in combinations(history, 2)]
     if not falls:
         return ""
     drop, before, after = max(falls, key=lambda fall: fall[0])
@@ -74,19 +77,18 @@ def _collapse(settled: Sequence[Mapping[str, Any]], best: int) -> str:
         return ""
     return (
         f"catastrophic_overfitting: robust validation accuracy fell from {before[key]:.1%} to "
-        f"{after[key]:.1%} in epoch {after['epoch']}; epoch {best} was selected, train with a "
-        "stronger attack: raise train.adversarial_steps"
+        f"{after[key]:.1%} in epoch {after['epoch']}; epoch {best} was selected, {STRONGER}"
     )
 
 
 def _gap(last: Mapping[str, Any], known: float) -> str:
     """Training accuracy far above robust accuracy: a weak attack, or memorised images."""
     trained, robust = last["train_accuracy"], last["robust_validation_accuracy"]
-    if trained - known > GAP:
+    if trained - known >= known - robust:  # most of the gap is there on the same images
         return (
             f"catastrophic_overfitting: the network ends with {trained:.1%} on the examples it was "
             f"trained on and {known:.1%} under the validation attack on the same images; the "
-            "training attack is too weak and gradients are masked, raise train.adversarial_steps"
+            f"training attack is too weak and gradients are masked, {STRONGER}"
         )
     return (
         f"robust_overfitting: the network ends with {known:.1%} under the validation attack on "

@@ -64,7 +64,9 @@ def describe(value: Any) -> Any:
         cls = type(value)
         settings = [field.name for field in fields(value) if field.compare]
         content = {name: describe(getattr(value, name)) for name in settings}
-        return {"": f"{cls.__module__}.{cls.__qualname__}", "code": class_version(cls), **content}
+        # What a class inherits decides as much as what its own file says.
+        code = [class_version(base) for base in cls.__mro__ if is_dataclass(base)]
+        return {"": f"{cls.__module__}.{cls.__qualname__}", "code": code, **content}
     if isinstance(value, Mapping):
         return {str(name): describe(item) for name, item in value.items()}
     if isinstance(value, str | int | float | bool | None):

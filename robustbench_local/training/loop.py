@@ -62,7 +62,7 @@ def train(
     seen, averaged = through(model), through(training.average.model)
     course = state.load(training)
     with deterministic():
-        while course.epoch < plan.epochs:
+        while not course.over(plan.epochs, schedule.patience):
             started = time.perf_counter()
             epoch = course.epoch
             reseed(seen, derive_seed(seed, "through", epoch))
@@ -73,7 +73,7 @@ def train(
             ):
                 try:
                     entry = _one_epoch(
-                        training, seen, data, recipe, schedule, plan, epoch, seed, report
+                        training, seen, data, recipe.begin(), schedule, plan, epoch, seed, report
                     )
                 except TrainingDiverged:
                     state.remove()
@@ -81,7 +81,7 @@ def train(
                 entry |= _measure(averaged, data, recipe)
             entry["settled"] = recipe.settled(epoch / plan.epochs)
             entry["seconds"] = time.perf_counter() - started
-            course.add(entry, training.average.model, last=epoch + 1 == plan.epochs)
+            course.add(entry, training.average.model)
             state.save(training, course)
     return training, course
 
@@ -100,8 +100,9 @@ def _one_epoch(
     """Every step of an epoch; its mean loss and its accuracy on what it was trained on."""
     model, optimizer, average = training.model, training.optimizer, training.average
     device = data.train.labels.device
-    generator = torch.Generator(device).manual_seed(derive_seed(seed, "order", epoch))
-    order = _order(plan, len(data.train), generator)
+    order, generator = _order(plan, len(data.train), seed, epoch, device)
+    if recipe.replays > 1:
+        order = _replayed(plan, len(data.train), seed, epoch, device, recipe.replays)
     criterion = partial(F.cross_entropy, label_smoothing=schedule.label_smoothing)
     losses = torch.zeros(plan.steps, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -109,8 +110,9 @@ def _one_epoch(
     for number, index in enumerate(order):
         step = epoch * plan.steps + number
         progress = step / plan.total
-        x = augment(data.train.pixels(index), schedule.augmentation, generator)
-        y = data.train.labels[index]
+        if number == 0 or step % recipe.replays == 0:
+            x = augment(data.train.pixels(index), schedule.augmentation, generator)
+            y = data.train.labels[index]
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(progress)
         optimizer.zero_grad(set_to_none=True)
@@ -136,14 +138,37 @@ def _one_epoch(
     }
 
 
-def _order(plan: Plan, images: int, generator: torch.Generator) -> Tensor:
-    """The images of an epoch, a row per step: every pass a new permutation, no short batch."""
+def _order(
+    plan: Plan, images: int, seed: int, epoch: int, device: torch.device
+) -> tuple[Tensor, torch.Generator]:
+    """The images of an epoch, a row per step: every pass a new permutation, no short batch.
+
+    The generator that drew them serves the other draws of the epoch.
+    """
+    generator = torch.Generator(device).manual_seed(derive_seed(seed, "order", epoch))
     full = plan.batches * plan.batch_size
     passes = [
         torch.randperm(images, generator=generator, device=generator.device)[:full]
         for _ in range(plan.passes)
     ]
-    return torch.cat(passes).view(plan.steps, plan.batch_size)
+    return torch.cat(passes).view(plan.steps, plan.batch_size), generator
+
+
+def _replayed(
+    plan: Plan, images: int, seed: int, epoch: int, device: torch.device, replays: int
+) -> Tensor:
+    """An epoch of the whole training's minibatches, each `replays` times in a row.
+
+    It goes through them that much slower, from where the epoch before ended.
+    """
+    place = torch.arange(epoch * plan.steps, (epoch + 1) * plan.steps) // replays
+    rows = [
+        _order(plan, images, seed, number, device)[0][
+            place[place // plan.steps == number] % plan.steps
+        ]
+        for number in range(int(place[0]) // plan.steps, int(place[-1]) // plan.steps + 1)
+    ]
+    return torch.cat(rows)
 
 
 def _measure(model: nn.Module, data: "Dataset", recipe: "Recipe") -> dict[str, Any]:

@@ -51,6 +51,9 @@ class Schedule:
     - `momentum` (Nesterov's) of SGD, the first beta of AdamW (Loshchilov and Hutter 2019,
       arXiv:1711.05101).
     - `average_decay`: weights are averaged exponentially (see `Average`); None for not at all.
+    - `patience`: training ends after so many epochs in a row that were no better than the one
+      selected before them, see `Course`: once it overfits (Rice et al. 2020, arXiv:2002.11569) or
+      has collapsed. None for never.
     - `augmentation`: `crop_flip` shifts by up to 4 pixels and mirrors.
     - `mixed_precision` counts on CUDA only.
 
@@ -69,6 +72,7 @@ class Schedule:
     milestones: Sequence[float] = (0.5, 0.75)
     label_smoothing: float = 0.0
     average_decay: float | None = None
+    patience: int | None = None
     augmentation: Augmentation = "none"
     mixed_precision: bool = False
 
@@ -86,13 +90,15 @@ class Schedule:
             ("milestones", all(0 < m < 1 for m in self.milestones), "shares between 0 and 1"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1"),
             ("average_decay", 0 <= average < 1, "null or a number from 0 to below 1"),
+            ("patience", self.patience is None or self.patience >= 1, "null or 1 or more"),
             ("optimizer", *_one_of(self.optimizer, Optimizer)),
             ("schedule", *_one_of(self.schedule, Shape)),
             ("augmentation", *_one_of(self.augmentation, Augmentation)),
         )
-        for name in ("epochs", "batch_size", "min_steps"):
-            if not isinstance(getattr(self, name), int):
-                raise UserError(f"train.{name}={getattr(self, name)}; expected a whole number")
+        for name in ("epochs", "batch_size", "min_steps", "patience"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (name == "patience" and value is None):
+                raise UserError(f"train.{name}={value}; expected a whole number")
         for name, fine, expected in ranges:
             if not fine:
                 raise UserError(f"train.{name}={getattr(self, name)}; expected {expected}")

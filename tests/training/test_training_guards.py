@@ -32,7 +32,7 @@ def warn(recipe, *entries, model=None):
     for number, (train, clean, robust) in enumerate(entries):
         one = {"epoch": number + 1, "train_accuracy": train, "validation_accuracy": clean,
                "robust_validation_accuracy": robust, "settled": True, "seconds": 1.0}  # fmt: skip
-        course.add(one, nn.Linear(1, 1), last=number + 1 == len(entries))
+        course.add(one, nn.Linear(1, 1))
     told = find_warnings(model or Constant(), make_data(), recipe, course)
     return [sentence.split(":")[0] for sentence in told], told
 
@@ -54,11 +54,17 @@ def test_a_fall_of_robust_accuracy():
     assert "65.0% to 30.0% in epoch 3" in told[0] and "epoch 2 was selected" in told[0]
 
 
+def test_a_fall_over_several_epochs_counts_from_the_best():
+    ids, told = warn(ROWS, (0.7, 0.95, 0.65), (0.7, 0.95, 0.6), (0.7, 0.95, 0.52), (0.6, 0.95, 0.4))
+    assert ids == ["catastrophic_overfitting"] and "65.0% to 40.0% in epoch 4" in told[0]
+    assert warn(ROWS, (0.7, 0.95, 0.65), (0.7, 0.95, 0.55), (0.7, 0.95, 0.46)) == ([], ())
+
+
 def test_a_weak_training_attack_is_told_from_memorised_images():
     # The constant model keeps a third of the training images under any attack.
     ids, told = warn(ROWS, (0.9, 0.95, 0.1))
     assert ids == ["catastrophic_overfitting"] and "33.3%" in told[0]
-    ids, _ = warn(ROWS, (0.6, 0.95, 0.1))
+    ids, _ = warn(ROWS, (0.5, 0.95, 0.1))
     assert ids == ["robust_overfitting"]
 
 

@@ -1,0 +1,88 @@
+"""Defensive distillation: a softmax so hot in training that it is saturated at run time."""
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustbench_local.defenses.recipe import Criterion, Recipe
+from robustbench_local.errors import UserError
+from robustbench_local.types import Images, Labels, Logits, Model
+
+if TYPE_CHECKING:
+    from robustbench_local.training.workshop import Workshop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heated(Recipe):
+    """Plain training with the logits divided by `temperature`: how the teacher learns.
+
+    The loss is multiplied by it, or gradient descent at a learning rate and a weight decay meant
+    for plain training learns nothing; the paper does not say.
+    """
+
+    adversarial: ClassVar[bool] = False
+
+    temperature: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.temperature <= 1000:
+            raise UserError(
+                f"temperature={self.temperature:g}; expected a number from 1 to 1000: type "
+                "defense.recipe.distillation.temperature=100"
+            )
+
+    def loss(
+        self,
+        model: Model,
+        x: Images,
+        y: Labels,
+        *,
+        criterion: Criterion,
+        progress: float,
+        step: int,
+        seed: int,
+    ) -> tuple[Tensor, Logits]:
+        """See `Recipe.loss`."""
+        logits: Logits = model(x)
+        return self.temperature * criterion(logits / self.temperature, y), logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Heated):
+    """Defensive distillation (Papernot et al. 2016, arXiv:1511.04508).
+
+    A teacher of the same architecture is trained on the labels at this `temperature`, then the
+    network on the teacher's probabilities at the same temperature; at run time it is 1. That
+    multiplies the logits, and the softmax saturates: the gradient of its cross-entropy is 0 in
+    float32, which stops attacks that climb it. Those that climb logits break the network like an
+    undefended one (Carlini and Wagner 2016, arXiv:1607.04311): there is no robustness here.
+    """
+
+    teacher: tuple[Model, ...] = field(default=(), repr=False, compare=False)
+
+    def prepare(self, workshop: "Workshop") -> Self:
+        """Train the teacher, or take it from the cache."""
+        taught = workshop.classifier(Heated(temperature=self.temperature))
+        return replace(self, teacher=(taught.model.requires_grad_(False),))
+
+    def loss(
+        self,
+        model: Model,
+        x: Images,
+        y: Labels,
+        *,
+        criterion: Criterion,
+        progress: float,
+        step: int,
+        seed: int,
+    ) -> tuple[Tensor, Logits]:
+        """Cross-entropy with what the teacher says; `y` and label smoothing play no part."""
+        if not self.teacher:
+            raise RuntimeError("no teacher yet; expected prepare(workshop) before training")
+        with torch.no_grad():
+            said = (self.teacher[0](x) / self.temperature).softmax(1)
+        logits: Logits = model(x)
+        return self.temperature * F.cross_entropy(logits / self.temperature, said), logits
