@@ -8,7 +8,7 @@ from torch import Tensor
 
 from robustbench_local.attacks import PGD, Attack
 from robustbench_local.defenses.recipe import Criterion, Objective, Recipe
-from robustbench_local.errors import UserError
+from robustbench_local.defenses.settings import read_number
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Images, Labels, Logits, Model
@@ -25,17 +25,22 @@ class AdversarialRecipe(Recipe):
     """
 
     adversarial: ClassVar[bool] = True
+    key: ClassVar[str]
+    """Where its settings are found in the configuration, for messages."""
 
     threat: ThreatModel
     validation: Attack = PGD(steps=10, step_size=0.25)  # noqa: RUF009  # frozen, so shared safely
     epsilon_ramp: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon_ramp <= 1:
-            raise UserError(
-                f"epsilon_ramp={self.epsilon_ramp:g}; expected the share of the training over "
-                "which epsilon grows, from 0 to 1"
-            )
+        ramp = read_number(
+            f"{self.key}.epsilon_ramp",
+            self.epsilon_ramp,
+            fits=lambda share: 0 <= share <= 1,
+            expected="the share of the training over which epsilon grows, from 0 to 1",
+            example=0.5,
+        )
+        object.__setattr__(self, "epsilon_ramp", ramp)
         self.validation.require(self.threat)
 
     @abstractmethod
@@ -104,6 +109,8 @@ class AdversarialTraining(AdversarialRecipe):
     Deviations from the paper: the ramp, without which MNIST at linf 0.3 often ends in a constant
     prediction, and images crafted with the network in eval mode.
     """
+
+    key: ClassVar[str] = "defense.recipe.adversarial_training"
 
     attack: Attack
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from robustbench_local.defenses.mixing import Mixing
 from robustbench_local.defenses.recipe import Criterion, Recipe
+from robustbench_local.defenses.settings import read_number
 from robustbench_local.errors import UserError
 from robustbench_local.randomness import derive_seed
 from robustbench_local.types import Images, Labels, Logits, Model
@@ -39,12 +41,14 @@ class AugmentedTraining(Recipe):
 
     def __post_init__(self) -> None:
         for name, limit in (("cutout", 1.0), ("noise", 1.0), ("consistency", 1000.0)):
-            value = getattr(self, name)
-            if not 0 <= value <= limit:
-                raise UserError(
-                    f"{name}={value:g}; expected a number from 0 to {limit:g}: type "
-                    f"defense.recipe.augmentation.{name}=0.1"
-                )
+            value = read_number(
+                f"defense.recipe.augmentation.{name}",
+                getattr(self, name),
+                fits=partial(_is_up_to, limit),
+                expected=f"a number from 0 to {limit:g}",
+                example=0.1,
+            )
+            object.__setattr__(self, name, value)
         if self.mixing is None and self.cutout == self.noise == 0:
             raise UserError(
                 "augmentation has mixing=null, cutout=0 and noise=0, which leaves images as they "
@@ -84,6 +88,10 @@ class AugmentedTraining(Recipe):
             drawn = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             x = (x + self.noise * drawn).clamp_(0, 1)
         return x
+
+
+def _is_up_to(limit: float, number: float) -> bool:
+    return 0 <= number <= limit
 
 
 def cover(x: Images, share: float, generator: torch.Generator) -> Images:

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from robustbench_local.attacks import Attack
 from robustbench_local.defenses.recipe import Criterion, Recipe
-from robustbench_local.errors import UserError
+from robustbench_local.defenses.settings import read_number
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Images, Labels, Logits, Model
 
@@ -29,11 +29,14 @@ class AWP:
     gamma: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma < 1:
-            raise UserError(
-                f"gamma={self.gamma:g}; expected a fraction of the weights' own size, between 0 "
-                "and 1: type defense.regularize.awp.gamma=0.005"
-            )
+        gamma = read_number(
+            "defense.regularize.awp.gamma",
+            self.gamma,
+            fits=lambda gamma: 0 < gamma < 1,
+            expected="a fraction of the weights' own size, between 0 and 1",
+            example=0.005,
+        )
+        object.__setattr__(self, "gamma", gamma)
 
     def __call__(self, recipe: Recipe) -> Recipe:
         """The strengthened recipe."""

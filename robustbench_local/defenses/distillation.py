@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_local.defenses.recipe import Criterion, Recipe
-from robustbench_local.errors import UserError
+from robustbench_local.defenses.settings import read_number
 from robustbench_local.types import Images, Labels, Logits, Model
 
 if TYPE_CHECKING:
@@ -28,11 +28,14 @@ class Heated(Recipe):
     temperature: float
 
     def __post_init__(self) -> None:
-        if not 1 <= self.temperature <= 1000:
-            raise UserError(
-                f"temperature={self.temperature:g}; expected a number from 1 to 1000: type "
-                "defense.recipe.distillation.temperature=100"
-            )
+        temperature = read_number(
+            "defense.recipe.distillation.temperature",
+            self.temperature,
+            fits=lambda temperature: 1 <= temperature <= 1000,
+            expected="a number from 1 to 1000",
+            example=100,
+        )
+        object.__setattr__(self, "temperature", temperature)
 
     def loss(
         self,

@@ -1,10 +1,11 @@
 """Adversarial training at the price of one gradient step per image."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from robustbench_local.attacks import PGD
 from robustbench_local.defenses.adversarial_training import AdversarialRecipe
+from robustbench_local.defenses.settings import read_number
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import input_gradient, pristine
 from robustbench_local.randomness import Draws, derive_seed
@@ -36,6 +37,8 @@ class FastAdversarialTraining(AdversarialRecipe):
     mode.
     """
 
+    key: ClassVar[str] = "defense.recipe.fast_adversarial_training"
+
     start: Start = "uniform"
     step_size: float | None = None
     noise: float = 2.0
@@ -43,18 +46,31 @@ class FastAdversarialTraining(AdversarialRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start not in STEP_SIZE:
-            raise UserError(f"start={self.start}; expected {' or '.join(STEP_SIZE)}")
-        if self.step_size is not None and not 0 < self.step_size < float("inf"):
             raise UserError(
-                f"step_size={self.step_size:g}; expected a fraction of epsilon above 0, or null "
-                "for that of the paper"
+                f"{self.key}.start={self.start}; expected {' or '.join(STEP_SIZE)}: type "
+                f"{self.key}.start=uniform"
             )
-        if not 0 <= self.noise < float("inf"):
-            raise UserError(f"noise={self.noise:g}; expected a multiple of epsilon, 0 or more")
+        if self.step_size is not None:
+            size = read_number(
+                f"{self.key}.step_size",
+                self.step_size,
+                fits=lambda size: size > 0,
+                expected="a fraction of epsilon above 0, or null for that of the paper",
+                example=1.25,
+            )
+            object.__setattr__(self, "step_size", size)
+        noise = read_number(
+            f"{self.key}.noise",
+            self.noise,
+            fits=lambda multiple: multiple >= 0,
+            expected="a multiple of epsilon, 0 or more",
+            example=2,
+        )
+        object.__setattr__(self, "noise", noise)
         if self.start == "noise" and self.threat.norm != "linf":
             raise UserError(
-                f"start=noise is defined for linf and train.threat.norm={self.threat.norm}; type "
-                "defense.recipe.fast_adversarial_training.start=uniform"
+                f"{self.key}.start=noise is defined for linf and train.threat.norm="
+                f"{self.threat.norm}; type {self.key}.start=uniform"
             )
         self._fgsm(0).require(self.threat)
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from robustbench_local.defenses.adversarial_training import AdversarialRecipe
+from robustbench_local.defenses.settings import read_number, require_count
 from robustbench_local.errors import UserError
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Images, Labels, Model, Norm
@@ -35,27 +36,27 @@ class FreeAdversarialTraining(AdversarialRecipe):
     image it was found on.
     """
 
+    key: ClassVar[str] = "defense.recipe.free"
+
     replays: int = 4
     step_size: float = 1.0
     carried: Carried = field(default_factory=Carried, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.replays, int) and not isinstance(self.replays, bool)
-        if not (whole and self.replays >= 1):
-            raise UserError(
-                f"replays={self.replays}; expected a whole number, 1 or more: type "
-                "defense.recipe.free.replays=4"
-            )
-        if not 0 < self.step_size < float("inf"):
-            raise UserError(
-                f"step_size={self.step_size:g}; expected a fraction of epsilon above 0: type "
-                "defense.recipe.free.step_size=1"
-            )
+        require_count(f"{self.key}.replays", self.replays, example=4)
+        size = read_number(
+            f"{self.key}.step_size",
+            self.step_size,
+            fits=lambda size: size > 0,
+            expected="a fraction of epsilon above 0",
+            example=1,
+        )
+        object.__setattr__(self, "step_size", size)
         if self.threat.norm not in NORMS:
             raise UserError(
-                f"free adversarial training does not serve train.threat.norm={self.threat.norm}; "
-                f"it serves {', '.join(NORMS)}"
+                f"{self.key} does not serve train.threat.norm={self.threat.norm}; expected one of "
+                f"{', '.join(NORMS)}: type train.threat.norm=linf"
             )
 
     def begin(self) -> Self:

@@ -1,13 +1,14 @@
 """MART: adversarial training that cares most about what is misclassified anyway."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_local.defenses.adversarial_training import AdversarialTraining
 from robustbench_local.defenses.recipe import Criterion
-from robustbench_local.errors import UserError
+from robustbench_local.defenses.settings import read_number
 from robustbench_local.types import Images, Labels, Logits, Model
 
 
@@ -23,14 +24,20 @@ class Mart(AdversarialTraining):
     Deviation from the paper: the ramp of epsilon, as in `AdversarialTraining`.
     """
 
+    key: ClassVar[str] = "defense.recipe.mart"
+
     weight: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.weight < float("inf"):
-            raise UserError(
-                f"weight={self.weight:g}; expected 0 or more: type defense.recipe.mart.weight=5"
-            )
+        weight = read_number(
+            f"{self.key}.weight",
+            self.weight,
+            fits=lambda weight: weight >= 0,
+            expected="0 or more",
+            example=5,
+        )
+        object.__setattr__(self, "weight", weight)
 
     def risk(
         self, model: Model, x: Images, x_adv: Images, y: Labels, criterion: Criterion

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustbench_local.errors import UserError
+from robustbench_local.defenses.settings import read_number, require_count
 from robustbench_local.types import Images
+
+KEY = "defense.recipe.augmentation.mixing"
 
 LEVELS = 10
 """The scale of `severity`, the authors'."""
@@ -33,17 +35,15 @@ class Mixing:
 
     def __post_init__(self) -> None:
         for name in ("chains", "depth"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(
-                    f"mixing.{name}={value}; expected a whole number, 1 or more: type "
-                    f"defense.recipe.augmentation.mixing.{name}=3"
-                )
-        if not 0.1 <= self.severity <= LEVELS:
-            raise UserError(
-                f"mixing.severity={self.severity:g}; expected a number from 0.1 to {LEVELS}: type "
-                "defense.recipe.augmentation.mixing.severity=3"
-            )
+            require_count(f"{KEY}.{name}", getattr(self, name), example=3)
+        severity = read_number(
+            f"{KEY}.severity",
+            self.severity,
+            fits=lambda severity: 0.1 <= severity <= LEVELS,
+            expected=f"a number from 0.1 to {LEVELS}",
+            example=3,
+        )
+        object.__setattr__(self, "severity", severity)
 
     @torch.no_grad()
     def __call__(self, x: Images, generator: torch.Generator) -> Images:

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_local.attacks import Attack
-from robustbench_local.attacks.base import require_count
 from robustbench_local.defenses.adversarial_training import AdversarialTraining
 from robustbench_local.defenses.recipe import Criterion
-from robustbench_local.errors import UserError
+from robustbench_local.defenses.settings import read_number, require_count
 from robustbench_local.gradients import input_gradient
 from robustbench_local.randomness import Draws, derive_seed
 from robustbench_local.threat import ThreatModel
@@ -29,14 +28,20 @@ class Trades(AdversarialTraining):
     Deviation from the paper: the ramp of epsilon, as in `AdversarialTraining`.
     """
 
+    key: ClassVar[str] = "defense.recipe.trades"
+
     beta: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.beta < float("inf"):
-            raise UserError(
-                f"beta={self.beta:g}; expected a weight above 0: type defense.recipe.trades.beta=6"
-            )
+        beta = read_number(
+            f"{self.key}.beta",
+            self.beta,
+            fits=lambda weight: weight > 0,
+            expected="a weight above 0",
+            example=6,
+        )
+        object.__setattr__(self, "beta", beta)
 
     def risk(
         self, model: Model, x: Images, x_adv: Images, y: Labels, criterion: Criterion
@@ -67,11 +72,15 @@ class DivergenceAscent(Attack):
     step_size: float = 0.25
 
     def __post_init__(self) -> None:
-        require_count("steps", self.steps)
-        if not self.step_size > 0:  # also NaN
-            raise UserError(
-                f"attack.step_size={self.step_size:g}; expected a fraction of epsilon above 0"
-            )
+        require_count("defense.recipe.trades.attack.steps", self.steps, example=10)
+        size = read_number(
+            "defense.recipe.trades.attack.step_size",
+            self.step_size,
+            fits=lambda size: size > 0,
+            expected="a fraction of epsilon above 0",
+            example=0.25,
+        )
+        object.__setattr__(self, "step_size", size)
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """The last iterate."""

@@ -66,10 +66,12 @@ def test_every_experiment_composes(choice):
 def test_every_choice_that_an_experiment_sweeps_over_composes(choice):
     params = composed(f"+experiment={choice}").hydra.sweeper.params or {}
     for key, values in params.items():
-        for value in str(values).split(","):
+        (swept,) = OverridesParser.create().parse_overrides([f"{key}={values}"])
+        for value in swept.sweep_string_iterator():
             config = composed(f"+experiment={choice}", f"{key}={value}")
             assert isinstance(attack_of(config), Attack)
-            assert Defense(**build(config.defense)).name in (value, "none")
+            if key == "defense":
+                assert Defense(**build(config.defense)).name == value.strip("[]").replace(",", "+")
 
 
 @pytest.mark.parametrize("dataset", [path.stem for path in (CONF / "dataset").glob("*.yaml")])

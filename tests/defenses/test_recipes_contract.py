@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
+from contract_parts import CONF, RECIPES, settings
 from hydra import compose, initialize_config_dir
 from torch import nn
 
@@ -18,19 +18,13 @@ from robustbench_local.run import build_defense
 from robustbench_local.training import Schedule, Workshop, weights_key
 from robustbench_local.training.identity import describe
 
-CONF = Path(__file__).parents[2] / "conf"
 CPU = torch.device("cpu")
-
-
-def has_recipe(path: Path) -> bool:
-    return bool(yaml.safe_load(path.read_text()).get("recipe"))
-
-
-RECIPES = sorted(path.stem for path in (CONF / "defense").glob("*.yaml") if has_recipe(path))
 STACKS = [*RECIPES, "awp", *(f"{name},awp" for name in RECIPES)]
 
 
 def defense_of(choice: str, *overrides: str) -> Defense:
+    if not overrides:
+        return build_defense(settings(*choice.split(",")))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return build_defense(compose("config", [f"defense=[{choice}]", *overrides]).defense)
 

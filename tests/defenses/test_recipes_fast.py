@@ -104,10 +104,10 @@ def test_noise_grows_with_the_ramp_and_is_that_of_seed_and_image():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"start": "zero"}, "start=zero; expected uniform or noise"),
-        ({"step_size": 0.0}, "step_size=0;"),
-        ({"noise": -1.0}, "noise=-1;"),
-        ({"epsilon_ramp": 2.0}, "epsilon_ramp=2;"),
+        ({"start": "zero"}, r"fast_adversarial_training\.start=zero; expected uniform or noise"),
+        ({"step_size": 0}, "step_size=0;"),
+        ({"noise": -1}, "noise=-1;"),
+        ({"epsilon_ramp": 2}, "epsilon_ramp=2;"),
     ],
 )
 def test_wrong_settings_are_told(settings, told):

@@ -118,7 +118,7 @@ def test_a_gradient_that_is_no_number_leaves_a_perturbation_that_is_one():
     [
         ({"replays": 0}, "replays=0; expected a whole number"),
         ({"replays": 2.5}, r"replays=2\.5; expected a whole number"),
-        ({"step_size": 0.0}, "step_size=0; expected a fraction of epsilon"),
+        ({"step_size": 0}, "step_size=0; expected a fraction of epsilon"),
         ({"threat": ThreatModel(norm="l0", epsilon=1)}, "l0"),
     ],
 )

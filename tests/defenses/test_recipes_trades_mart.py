@@ -135,9 +135,9 @@ def test_the_divergence_attack_stays_within_any_budget(norm):
 
 def test_wrong_settings_are_told():
     with pytest.raises(UserError, match="beta=0; expected a weight above 0"):
-        Trades(beta=0.0, attack=Fixed(), threat=LINF)
+        Trades(beta=0, attack=Fixed(), threat=LINF)
     with pytest.raises(UserError, match="weight=-1; expected 0 or more"):
-        Mart(weight=-1.0, attack=Fixed(), threat=LINF)
+        Mart(weight=-1, attack=Fixed(), threat=LINF)
     with pytest.raises(UserError, match="steps=0"):
         DivergenceAscent(steps=0)
     with pytest.raises(UserError, match="step_size=nan"):
