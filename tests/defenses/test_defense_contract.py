@@ -38,6 +38,15 @@ from robustbench_local.run import build_defense
 OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
     "adversarial_training": {"epsilon_ramp": [-0.1, 1.5], "threat.epsilon": [-0.1]},
     "art": {"eot_samples": [0], "name": ["NoSuch"], "kwargs": [{"quality": 120}]},
+    "augmentation": {
+        "consistency": [-1],
+        "cutout": [-0.1, 1.5],
+        "mixing.chains": [0],
+        "mixing.depth": [0],
+        "mixing.severity": [-1, 11],
+        "noise": [-0.1],
+    },
+    "awp": {"gamma": [0, -1]},
     "bilateral": {"size": [1, 4, 2.5], "sigma_space": [0, -1], "sigma_color": [0, "-1/255"]},
     "bit_depth": {"bits": [0, 9, 1.5, True]},
     "denoiser": {
@@ -52,13 +61,22 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
         "pixel_weight": [-1],
         "width": [0, 1.5],
     },
+    "distillation": {"temperature": [0, -1]},
+    "fast_adversarial_training": {
+        "epsilon_ramp": [-0.1, 1.5],
+        "noise": [-1],
+        "start": ["zero"],
+        "step_size": [0, -1],
+    },
     "feature_squeezing": {"bits": [0, 9], "size": [0, 1, 4]},
+    "free": {"epsilon_ramp": [-0.1, 1.5], "replays": [0, 1.5], "step_size": [0, -1]},
     "gaussian": {"sigma": [0, -1, "nan"]},
     "jpeg": {"quality": [0, 101, 7.5], "surrogate": ["none"]},
     "jpeg_random": {"qualities": [[], [0], [20, 101], 50], "eot_samples": [0, 1.5]},
     "jpeg_slq": {"qualities": [[], [0], [20, 101], 50], "eot_samples": [0, 1.5]},
     "jpeg_vaccinated": {"qualities": [[], [0], [20, 101], 50], "eot_samples": [0, 1.5]},
     "jpeg_vote": {"qualities": [[], [0], [20, 101], 50]},
+    "mart": {"epsilon_ramp": [-0.1, 1.5], "weight": [-1]},
     "median": {"size": [0, 1, 4, 7, 3.0]},
     "nlm": {"search": [1, 4], "patch": [0, 2], "strength": [0, "-2/255"]},
     "noise_fusion": {
@@ -93,6 +111,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
     "detector": {"false_positive_rate": [1, -0.1], "width": [0, 1.5], "epochs": [0]},
     "sap": {"samples": [0, -1], "eot_samples": [0, 1.5]},
     "temperature": {"temperature": [0, -1]},
+    "trades": {"beta": [-1], "epsilon_ramp": [-0.1, 1.5], "attack.steps": [0]},
     "tv": {"weight": [0, -0.1], "steps": [0, 2.5]},
 }
 """By file: a part's keys and values that each must be refused. A new file needs an entry here."""
@@ -307,7 +326,7 @@ def test_a_recipe_trains_from_its_seed_alone(choice: str) -> None:
 
     def step(seed: int) -> tuple[Tensor, Tensor]:
         network = Network(1).train()
-        loss, logits = recipe.loss(
+        loss, logits = recipe.begin().loss(
             network, x, y, criterion=cross_entropy, progress=0.9, step=3, seed=seed
         )
         assert logits.shape == (8, CLASSES)

@@ -144,7 +144,9 @@ def test_a_recipe_trains_the_network_behind_a_wrap(training: str, wrap: str) -> 
         network = Network(1)
         seen = defense.through(network).train()
         reseed(seen, 1)
-        loss, _ = recipe.loss(seen, x, y, criterion=cross_entropy, progress=0.9, step=3, seed=1)
+        loss, _ = recipe.begin().loss(
+            seen, x, y, criterion=cross_entropy, progress=0.9, step=3, seed=1
+        )
         loss.backward()
         return torch.cat([weight.grad.flatten() for weight in network.parameters()])
 
