@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from robustbench_local.training import Schedule, Trained, Workshop
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(path.stem for path in (CONF / "defense").glob("*.yaml"))
 CLASSES = 4
+CACHE = TemporaryDirectory(prefix="contract-")
+"""For parts that train through the cache by themselves; gone when the session ends."""
 
 
 def having(part: str) -> list[str]:
@@ -93,7 +96,7 @@ def workshop(channels: int) -> Apprentice:
     return Apprentice(
         data=data,
         device=torch.device("cpu"),
-        cache=Path("nowhere"),
+        cache=Path(CACHE.name),
         seed=0,
         schedule=Schedule(epochs=1, batch_size=8, learning_rate=0.01),
         build=lambda: Network(channels),
