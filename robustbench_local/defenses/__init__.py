@@ -5,6 +5,7 @@ A new one is a file here and a YAML in conf/defense/.
 
 from robustbench_local.defenses.adversarial_training import AdversarialRecipe, AdversarialTraining
 from robustbench_local.defenses.art_adapter import ArtPreprocessor
+from robustbench_local.defenses.art_detector import ArtDetector
 from robustbench_local.defenses.augmentation import AugmentedTraining
 from robustbench_local.defenses.awp import AWP
 from robustbench_local.defenses.bilateral import Bilateral
@@ -16,9 +17,18 @@ from robustbench_local.defenses.defense import (
     declared_samples,
 )
 from robustbench_local.defenses.denoiser import Denoiser
+from robustbench_local.defenses.detection import (
+    Calibration,
+    Detecting,
+    Detector,
+    Scorer,
+    describe_detection,
+)
+from robustbench_local.defenses.detector_network import DetectorNetwork
 from robustbench_local.defenses.distillation import Distillation
 from robustbench_local.defenses.fast_adversarial_training import FastAdversarialTraining
 from robustbench_local.defenses.feature_squeezing import FeatureSqueezing
+from robustbench_local.defenses.feature_squeezing_detector import FeatureSqueezingDetector
 from robustbench_local.defenses.free_adversarial_training import FreeAdversarialTraining
 from robustbench_local.defenses.gaussian import Gaussian
 from robustbench_local.defenses.jpeg import Jpeg, JpegRandom, JpegSlq, JpegVote
@@ -45,17 +55,23 @@ __all__ = [
     "SAP",
     "AdversarialRecipe",
     "AdversarialTraining",
+    "ArtDetector",
     "ArtPreprocessor",
     "AugmentedTraining",
     "Bilateral",
     "BitDepth",
+    "Calibration",
     "Criterion",
     "Defense",
     "Denoiser",
+    "Detecting",
+    "Detector",
+    "DetectorNetwork",
     "Distillation",
     "DivergenceAscent",
     "FastAdversarialTraining",
     "FeatureSqueezing",
+    "FeatureSqueezingDetector",
     "FreeAdversarialTraining",
     "Gaussian",
     "Jpeg",
@@ -74,6 +90,7 @@ __all__ = [
     "Recipe",
     "Regularizer",
     "ResizePad",
+    "Scorer",
     "Standard",
     "Temperature",
     "TotalVariation",
@@ -82,4 +99,5 @@ __all__ = [
     "Wrapper",
     "check_defense",
     "declared_samples",
+    "describe_detection",
 ]

@@ -104,6 +104,19 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
         "attack.step_size": [0],
         "epsilon_ramp": [2],
     },
+    "art_detector": {
+        "name": ["NoDetector"],
+        "false_positive_rate": [1, -0.1],
+        "images": [0],
+        "epochs": [0],
+        "batch_size": [0],
+        "learning_rate": [0],
+        "width": [0],
+        "hidden": [0],
+    },
+    "detector": {"false_positive_rate": [1, -0.1], "width": [0, 1.5], "epochs": [0]},
+    "sap": {"samples": [0, -1], "eot_samples": [0, 1.5]},
+    "temperature": {"temperature": [0, -1]},
     "tv": {"weight": [0, -0.1], "steps": [0, 2.5]},
 }
 """By file: a part's keys and values that each must be refused. A new file needs an entry here."""
