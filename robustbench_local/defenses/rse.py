@@ -1,6 +1,6 @@
 """Random noise in front of every convolution, in training and at run time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_local.defenses.averaged import Averaged, looks
+from robustbench_local.defenses.detection import Scorer
 from robustbench_local.defenses.preprocess import RUN_TIME, Preprocess, Seeded
 from robustbench_local.defenses.settings import read_number, require_count
 from robustbench_local.errors import UserError
@@ -21,7 +22,7 @@ _KEY = "defense.wrap.rse"
 class NoisyLayers(Seeded):
     """A model with normal noise on the input of its convolutions, or of its linear layers.
 
-    The layers are those of the network itself: what a `Preprocess` inside computes stays exact.
+    The layers are those of the network itself, see `own_parts`: what others compute stays exact.
     Hooks do the work, for the time of a pass only: the model keeps its layers, the names of its
     weights and its own `forward`, and elsewhere answers as if nothing had happened.
     """
@@ -54,11 +55,13 @@ class NoisyLayers(Seeded):
         Normalisation counts as the first of them where the model has it, so that its noise is in
         pixel units; the layer after it then gets none.
         """
-        layers = _noisy_layers(self.model)
-        deviations = iter([self.init, 0.0] if isinstance(layers[0], Normalize) else [self.init])
+        layers, place = _noisy_layers(self.model), places()
+        first = [self.init, 0.0] if isinstance(layers[0], Normalize) else [self.init]
 
         def add(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (self._noisy(inputs[0], next(deviations, self.inner)), *inputs[1:])
+            reached = place(layer)
+            deviation = first[reached] if reached < len(first) else self.inner
+            return (self._noisy(inputs[0], deviation), *inputs[1:])
 
         hooks = [layer.register_forward_pre_hook(add) for layer in layers]
         try:
@@ -83,11 +86,27 @@ def _noisy_layers(model: Model) -> list[nn.Module]:
 
 
 def own_parts(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a network, without those of the transforms in front of it."""
+    """The modules of a network, without those of a `Preprocess` or of a detector's `Scorer`."""
     yield model
     for part in model.children():
-        if not isinstance(part, Preprocess):
+        if not isinstance(part, Preprocess | Scorer):
             yield from own_parts(part)
+
+
+def places() -> Callable[[nn.Module], int]:
+    """Tells the place of a layer, from 0, as the layers of a network are reached one by one.
+
+    Reaching the first one again begins anew: a model may ask its network several times.
+    """
+    reached: list[nn.Module] = []
+
+    def place(layer: nn.Module) -> int:
+        if reached and layer is reached[0]:
+            reached.clear()
+        reached.append(layer)
+        return len(reached) - 1
+
+    return place
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_local.defenses.preprocess import Seeded
-from robustbench_local.defenses.rse import own_parts
+from robustbench_local.defenses.rse import own_parts, places
 from robustbench_local.defenses.settings import read_number, require_count
 from robustbench_local.errors import UserError
 from robustbench_local.types import Images, Logits, Model
@@ -44,12 +44,10 @@ class PrunedLayers(Seeded):
 
     @contextmanager
     def _pruning(self) -> Iterator[None]:
-        first = True
+        place = places()
 
         def prune(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            nonlocal first
-            if first:  # pixels are no activations
-                first = False
+            if place(layer) == 0:  # pixels are no activations
                 return None
             return (self._pruned(inputs[0]), *inputs[1:])
 

@@ -219,7 +219,7 @@ def test_eot_on_a_linear_model_converges_to_the_noiseless_gradient():
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 1, 6, 6, generator=generator)
     model = LinearVictim(torch.randn(2, 36, generator=generator), torch.zeros(2))
-    y, samples = torch.tensor([0, 1]), 4000
+    y, samples = torch.tensor([0, 1]), 1500
     clean = input_gradient(model, x, y, loss="margin").gradient
     for distribution, unit in UNITS.items():
         part = NoiseFusion(distribution=distribution, amplitude=0.3, draws=1)

@@ -12,6 +12,7 @@ from torch import nn
 from robustbench_local.attacks import PGD
 from robustbench_local.defenses import RSE, Defense, Preprocess, Wrapped
 from robustbench_local.defenses.defense import declared_samples
+from robustbench_local.defenses.detection import Calibration, Detecting, Scorer
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import is_randomized
 from robustbench_local.models import Normalized
@@ -165,6 +166,45 @@ def test_layers_of_a_transform_inside_stay_exact():
     assert torch.equal(seen[0], x)
     blurred = inputs(Wrapped(Blur(), watched(normalized=False)), x)
     assert len(seen) == len(blurred) == 4
+
+
+class Twice(nn.Module):
+    """Asks its network about the image and about a darker one, like a vote or a detector."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x) + self.network(x / 2)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_every_question_to_the_network_begins_with_the_noise_on_the_image(normalized):
+    model, x = Twice(watched(normalized=normalized)), torch.rand(60, 1, 10, 10)
+    plain, noisy = inputs(model, x), inputs(RSE(init=0.2, inner=0.1).through(model), x)
+    scale = 0.25 if normalized else 1.0
+    for start in (0, 3):
+        first = ((noisy[start] - plain[start]) * scale).flatten().numpy()
+        assert stats.kstest(first, stats.norm(0, 0.2).cdf).pvalue > 0.01
+        second = (noisy[start + 1] - plain[start + 1]).flatten().numpy()
+        assert stats.kstest(second, stats.norm(0, 0.1).cdf).pvalue > 0.01
+
+
+def test_layers_of_a_detector_inside_stay_exact():
+    class Judge(Scorer):
+        def __init__(self):
+            super().__init__()
+            self.layer = Watched(1, 1, 3, padding=1)
+
+        def forward(self, model, x, logits):
+            return self.layer(x).mean((1, 2, 3))
+
+    network = watched(normalized=False)
+    model = Detecting(network, Judge(), Calibration(0.0, 0.05, 10, 0.0))
+    x = torch.rand(3, 1, 10, 10)
+    seen = inputs(RSE().through(model), x)
+    assert torch.equal(seen[3], x) and not torch.equal(seen[0], x)
 
 
 def test_draws_come_from_the_own_generator():

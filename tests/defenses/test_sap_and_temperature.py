@@ -59,6 +59,22 @@ def test_draws_come_from_the_seed_and_the_network_is_left_alone():
     assert torch.equal(network(x), plain)
 
 
+def test_pixels_are_kept_however_often_a_model_asks_its_network():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = Two(64)
+
+        def forward(self, x):
+            return torch.stack((self.network(x), self.network(x)))
+
+    model, given = Twice(), []
+    model.network.first.register_forward_hook(lambda layer, inputs, out: given.append(inputs[0]))
+    x = 0.1 + torch.rand(2, 1, 8, 8)
+    assert (SAP()(model)(x) == 0).any()
+    assert all(torch.equal(pixels, x.flatten(1)) for pixels in given) and len(given) == 2
+
+
 def test_dead_activations_are_no_error():
     network = Two(4)
     nn.init.zeros_(network.first.weight)
