@@ -148,7 +148,8 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
             )
         certified = None
         if threats[0].norm == "l2":
-            bar = display.evaluation("certificate", len(data.test), accuracy="certified")
+            looked_at = min(defense.certified_images or len(data.test), len(data.test))
+            bar = display.evaluation("certificate", looked_at, accuracy="certified")
             with bar as progress, exact():
                 certified = defense.certify(victim, data.test, seed=config.seed, progress=progress)
         for (run_id, point), outcomes in zip(missing.items(), curve, strict=True):
@@ -166,6 +167,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
                 calibration=describe_detection(victim),
                 judge_draws=judging.draws,
                 certified=certified,
+                learned=defense.learned,
                 flags=flags,
                 device=device,
             )

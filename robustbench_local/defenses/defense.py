@@ -174,6 +174,17 @@ class Defense:
         found: Mapping[str, Any] = certify(victim, split, seed=seed, progress=progress)
         return found
 
+    @property
+    def certified_images(self) -> int | None:
+        """How many test images `certify` looks at; None: all."""
+        return getattr(self.wrap[self.faced[0]], "images", None) if self.faced else None
+
+    @property
+    def learned(self) -> dict[str, dict[str, Any]]:
+        """What is known of the trainings of the wraps themselves, by name, once they are fitted."""
+        known = {name: getattr(step, "learned", None) for name, step in self.wrap.items()}
+        return {name: dict(about) for name, about in known.items() if about}
+
     def randomized(self, victim: Model) -> bool:
         """Whether any part of the victim draws random numbers."""
         return is_randomized(victim)

@@ -106,6 +106,7 @@ def make_record(
     calibration: Mapping[str, Any] | None,
     judge_draws: int,
     certified: Mapping[str, Any] | None,
+    learned: Mapping[str, Any],
     flags: list[Flag],
     device: torch.device,
 ) -> Record:
@@ -138,6 +139,7 @@ def make_record(
         },
         "judge_draws": judge_draws,
         "metrics": measure(examples, data.num_classes),
+        "learned": dict(learned),
         "certified": None if certified is None else dict(certified),
         "detection": None if detection is None else {**(calibration or {}), **detection},
         "eot": None if averaged is None else dict(averaged),

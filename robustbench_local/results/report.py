@@ -141,7 +141,8 @@ def doubts(record: Record) -> list[str]:
     flags = [f"{flag['name']}: {flag['why']}" for flag in record["flags"]]
     # The flag `subset` says what the note of the dataset says.
     notes = [note for note in record["dataset"]["notes"] if not note.startswith("subset:")]
-    return [*notes, *record["weights"]["warnings"], *flags]
+    learned = [told for about in record.get("learned", {}).values() for told in about["warnings"]]
+    return [*notes, *record["weights"]["warnings"], *learned, *flags]
 
 
 def _percent(fraction: float) -> str:

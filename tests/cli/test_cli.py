@@ -508,3 +508,29 @@ def test_metrics_are_in_the_record(cli):
     assert 0.8 < clean["macro"]["roc_auc"] <= 1
     arrays = np.load(f"results/records/{record['run_id']}.npz")
     assert arrays["clean_probabilities"].sum(1) == pytest.approx(np.ones(n), abs=5e-3)
+
+
+def test_under_l2_a_record_says_what_is_proved(cli):
+    smoothing = "defense.wrap.randomized_smoothing"
+    done = cli(*QUICK, "threat=mnist_l2", "threat.epsilon=0.5", "defense=randomized_smoothing",
+               f"{smoothing}.images=8", f"{smoothing}.n=200", "attack=noise")  # fmt: skip
+    assert done.code == 0, done.err
+    (record,) = records().values()
+    proved = record["certified"]
+    assert (proved["norm"], proved["images"], proved["n"]) == ("l2", 8, 200)
+    shares = [share["value"] for share in proved["radii"].values()]
+    assert shares == sorted(shares, reverse=True) and shares[0] > 0.3
+    assert "certified accuracy" in done.out
+    assert cli(*QUICK, "defense=randomized_smoothing", "attack=noise").code == 0
+    linf = next(r for r in records().values() if r["labels"]["norm"] == "linf")
+    assert linf["certified"] is None  # nothing is proved about it
+
+
+@pytest.mark.slow
+def test_a_record_names_what_a_part_of_the_defense_has_learned(cli):
+    done = cli(*QUICK, "defense=denoiser", "attack=noise", "defense.wrap.denoiser.width=4",
+               "defense.wrap.denoiser.depth=2", "defense.wrap.denoiser.epochs=1")  # fmt: skip
+    assert done.code == 0, done.err
+    (record,) = records().values()
+    learned = record["learned"]["denoiser"]
+    assert len(learned["sha256"]) == 64 and learned["sha256"] != record["weights"]["sha256"]
