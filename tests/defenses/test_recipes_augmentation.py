@@ -129,6 +129,10 @@ def test_the_weights_of_mixtures_are_those_of_the_paper(monkeypatch):
     white = found[:, 0, 0, 0].sort().values
     uniform = (torch.arange(4000) + 0.5) / 4000
     assert (white - uniform).abs().max() < 0.03  # Kolmogorov and Smirnov: 0.03 once in 600
+    # Whatever the weights, they sum to 1.
+    monkeypatch.setattr(mixing, "OPERATIONS", (lambda x, level, sign: x,))
+    x = pictures(3)
+    assert torch.allclose(Mixing()(x, generator()), x, atol=1e-6)
     # Half of the operations leave it: three chains then weigh 0, 1 or Dirichlet shares of it.
     monkeypatch.setattr(
         mixing, "OPERATIONS", (lambda x, *_: torch.ones_like(x), lambda x, *_: torch.zeros_like(x))

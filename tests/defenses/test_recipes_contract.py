@@ -12,8 +12,15 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from robustbench_local.data import Dataset, Split
-from robustbench_local.defenses import Defense
+from robustbench_local.defenses import (
+    AdversarialRecipe,
+    AdversarialTraining,
+    Defense,
+    Recipe,
+    Trades,
+)
 from robustbench_local.errors import UserError
+from robustbench_local.identity import class_version
 from robustbench_local.run import build_defense
 from robustbench_local.training import Schedule, Workshop, weights_key
 from robustbench_local.training.identity import describe
@@ -162,6 +169,12 @@ def test_every_setting_is_in_the_key_of_the_weights(choice, tmp_path):
         assert key(changed) != key(recipe), name
     # What is found on the way, a teacher or a perturbation, follows from the rest.
     assert key(recipe.prepare(workshop).begin()) == key(recipe)
+
+
+def test_inherited_code_is_in_the_key_of_the_weights():
+    described = describe(defense_of("trades").training_recipe)
+    for base in (Trades, AdversarialTraining, AdversarialRecipe, Recipe):
+        assert class_version(base) in described["code"]
 
 
 @pytest.mark.parametrize("choice", RECIPES)

@@ -126,6 +126,17 @@ def test_the_divergence_is_larger_than_after_the_same_steps_of_pgd():
     assert mine >= pgd > still
 
 
+def test_an_image_does_not_depend_on_how_the_batch_is_cut():
+    """Of these sizes a few go through the network at once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5), nn.Tanh(), nn.Linear(5, 4))
+    x, y = torch.rand(24, 3, 64, 64), torch.arange(24) % 4
+    attack = DivergenceAscent(steps=2, step_size=0.5)
+    whole = attack(model, x, y, LINF)
+    alone = torch.cat([attack(model, x[i : i + 1], y[i : i + 1], LINF) for i in range(24)])
+    assert ((whole - alone).abs() > 1e-3).double().mean() < 0.01  # but for signs of almost 0
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_the_divergence_attack_stays_within_any_budget(norm):
     model, x, y = make(1)
