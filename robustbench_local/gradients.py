@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_local.errors import UserError
+from robustbench_local.rejection import facing, folded, rejected
 from robustbench_local.types import Images, Labels, Logits, Model
 
 Loss: TypeAlias = Literal["ce", "margin", "dlr"]
@@ -24,7 +25,8 @@ value for each, (N,)."""
 def attack_loss(logits: Logits, y: Labels, loss: Loss, *, targeted: bool = False) -> Tensor:
     """The loss an attack climbs, one value per example, shape (N,).
 
-    `y` are the true labels or, if `targeted`, the classes wanted: then it is minus the loss.
+    `y` are the true labels or, if `targeted`, the classes wanted: then it is minus the loss. A
+    rejection counts as the true class, see `rejection.folded`, and is no success when targeted.
 
     - `margin`: largest other logit minus that of `y` (Carlini and Wagner 2017, arXiv:1608.04644).
       Above 0 the example is misclassified.
@@ -34,7 +36,11 @@ def attack_loss(logits: Logits, y: Labels, loss: Loss, *, targeted: bool = False
     - `dlr`: difference of logits ratio (Croce and Hein 2020, arXiv:2003.01690); 3 classes or more.
     """
     if targeted:
-        return -attack_loss(logits, y, loss)
+        return -_plain_loss(logits, y, loss)
+    return _plain_loss(folded(logits, y, sum_odds=loss == "ce"), y, loss)
+
+
+def _plain_loss(logits: Logits, y: Labels, loss: Loss) -> Tensor:
     true = logits.gather(1, y[:, None]).squeeze(1)
     others = logits.scatter(1, y[:, None], -torch.inf)
     if loss == "ce":
@@ -62,7 +68,9 @@ def targeted_dlr(logits: Logits, y: Labels, wanted: Labels) -> Tensor:
 
     (z_wanted - z_y) / (z_1 - (z_3 + z_4) / 2) with the logits in descending order (Croce and Hein
     2020, arXiv:2003.01690). Needs 4 classes; below that it is the plain difference z_wanted - z_y.
+    A rejection counts as class `y`.
     """
+    logits = folded(logits, y)
     lead = (logits.gather(1, wanted[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
     if logits.shape[1] < 4:
         return lead
@@ -153,9 +161,13 @@ def is_correct(logits: Logits, y: Labels) -> Tensor:
 
 
 def resists(logits: Logits, y: Labels, *, targeted: bool = False) -> Tensor:
-    """Whether the attack is short of its goal, shape (N,): still class `y`, or not `y` yet."""
+    """Whether the attack is short of its goal, shape (N,).
+
+    Without a target the victim is still right or rejects the image; with one it does not accept the
+    image as class `y` yet.
+    """
     held = is_correct(logits, y)
-    return ~held if targeted else held
+    return ~held if targeted else held | rejected(logits)
 
 
 def is_randomized(model: nn.Module) -> bool:
@@ -169,12 +181,13 @@ def pristine(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
 
     Restored also after an exception: every submodule's train/eval flag, every parameter's
     `requires_grad` and `.grad`, and the global random states of Python, NumPy and torch (all
-    devices). Inside, `seed` (if given) seeds torch's global generators, for victims that use them.
+    devices). Inside, `seed` (if given) seeds torch's global generators, for victims that use them,
+    and the losses above know whether `model` may reject images, see `rejection.facing`.
     """
     modes = [(module, module.training) for module in model.modules()]
     weights = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(_started_gpus()):
+    with torch.random.fork_rng(_started_gpus()), facing(model):
         try:
             for module, _ in modes:
                 module.training = False

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import is_randomized, suitable_parts
+from robustbench_local.rejection import abstains
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Images, Logits, Model
 
@@ -21,11 +22,12 @@ class Oracle(nn.Module):
     """The victim behind a counter, with no more access than the threat model grants.
 
     Under `gradients` its output carries a graph; under `scores` it is cut off; under `labels` it
-    is the one-hot vector of the predicted class. `forward_passes` and `backward_passes` count
-    images; `randomized` tells attacks whether the victim was seen to draw random numbers, `None`
-    that nobody looked. Raises `QueryBudgetError` when the budget of the examples announced with
-    `begin`, or the `allowance`, is spent, and `UserError` where the victim returns a wrong shape or
-    numbers that are not finite.
+    is the one-hot vector of the predicted class. `outputs` is the number of entries, that of the
+    classes and one more where the victim may reject images. `forward_passes` and `backward_passes`
+    count images; `randomized` tells attacks whether the victim was seen to draw random numbers,
+    `None` that nobody looked. Raises `QueryBudgetError` when the budget of the examples announced
+    with `begin`, or the `allowance`, is spent, and `UserError` where the victim returns a wrong
+    shape or numbers that are not finite.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Oracle(nn.Module):
         self.victim = victim
         self.threat = threat
         self.num_classes = num_classes
+        self.outputs = num_classes + abstains(victim)
         self.forward_passes = 0
         self.backward_passes = 0
         self._spent = torch.zeros(0, dtype=torch.int64)  # of each example announced
@@ -71,15 +74,15 @@ class Oracle(nn.Module):
         """
         self._charge(len(x), owners)
         if self.threat.access == "gradients":
-            logits = check_logits(self.victim(x), x, self.num_classes)
+            logits = check_logits(self.victim(x), x, self.outputs)
             if logits.requires_grad:
                 logits.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
             return logits
         with torch.no_grad():
-            logits = check_logits(self.victim(x.detach()), x, self.num_classes)
+            logits = check_logits(self.victim(x.detach()), x, self.outputs)
         if self.threat.access == "scores":
             return logits
-        return functional.one_hot(logits.argmax(1), self.num_classes).to(logits.dtype)
+        return functional.one_hot(logits.argmax(1), self.outputs).to(logits.dtype)
 
     def _charge(self, images: int, owners: Tensor | None) -> None:
         if self._allowed is not None:
@@ -133,9 +136,9 @@ def ask(model: Model, x: Images, owners: Tensor) -> Logits:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def check_logits(logits: Tensor, x: Images, num_classes: int) -> Logits:
+def check_logits(logits: Tensor, x: Images, outputs: int) -> Logits:
     """Return the logits, or raise `UserError` for a wrong type or shape, NaN or infinity."""
-    expected = (len(x), num_classes)
+    expected = (len(x), outputs)
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
         came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(

@@ -22,6 +22,7 @@ from robustbench_local.gradients import (
 )
 from robustbench_local.oracle import is_settled
 from robustbench_local.randomness import Draws, derive_seed
+from robustbench_local.rejection import class_scores
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Access, Images, Labels, Logits, Model, Norm
 
@@ -112,7 +113,8 @@ class APGD(Attack):
             yield y
             return
         with torch.no_grad():
-            logits = torch.stack([model(x) for _ in range(self.eot_samples)]).mean(0)
+            looks = [class_scores(model(x)) for _ in range(self.eot_samples)]
+        logits = torch.stack(looks).mean(0)
         count = min(self.targets, logits.shape[1] - 1)
         wrong = logits.scatter(1, y[:, None], -torch.inf).topk(count, dim=1).indices
         yield from wrong.unbind(1)
@@ -184,8 +186,9 @@ class APGD(Attack):
         def loss(logits: Logits, y: Labels, rows: slice) -> Tensor:
             if self.loss == "dlr" and self.target is not None:
                 # The plain ratio is constant where the class wanted is the third.
-                return targeted_dlr(logits, logits.scatter(1, y[:, None], -torch.inf).argmax(1), y)
-            few = logits.shape[1] < 3
+                others = class_scores(logits).scatter(1, y[:, None], -torch.inf)
+                return targeted_dlr(logits, others.argmax(1), y)
+            few = class_scores(logits).shape[1] < 3
             name: Loss = "ce" if self.loss == "ce" else "margin" if few else "dlr"
             return attack_loss(logits, y, name, targeted=self.target is not None)
 

@@ -39,6 +39,7 @@ class AutoAttack(Attack):
     needs: ClassVar[Access] = "gradients"
     norms: ClassVar[frozenset[Norm]] = frozenset({"linf", "l2", "l1"})
     foreign: ClassVar[bool] = True
+    serves_rejection: ClassVar[bool] = False
 
     version: Version = "standard"
     steps: int = 100

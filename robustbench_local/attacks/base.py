@@ -10,6 +10,7 @@ import torch
 from robustbench_local.attacks.target import check_class, choose_targets
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import pristine
+from robustbench_local.rejection import abstains
 from robustbench_local.threat import ThreatModel, check_box
 from robustbench_local.types import Access, Images, Labels, Model, Norm
 
@@ -30,7 +31,8 @@ class Attack(ABC):
     `per_example_radius` says that the attack serves threat models with a radius for each example,
     `minimum_norm` that it looks for the smallest perturbation whatever epsilon is: either way a
     curve over epsilons takes one pass. `foreign` that another library does the work: its draws
-    come from global generators in the order of the batch.
+    come from global generators in the order of the batch. Without `serves_rejection` an attack
+    would take a rejected image for a broken one, and refuses victims that may reject.
     """
 
     needs: ClassVar[Access]
@@ -38,6 +40,7 @@ class Attack(ABC):
     per_example_radius: ClassVar[bool] = False
     minimum_norm: ClassVar[bool] = False
     foreign: ClassVar[bool] = False
+    serves_rejection: ClassVar[bool] = True
 
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -76,9 +79,12 @@ class Attack(ABC):
         """Perturbed images, same shape, type and device as `x`; `x` itself is not modified.
 
         `y` are the true labels. Nothing of the model or the global random states is left changed,
-        also after an exception. Raises `UserError` for a norm or an access it cannot serve.
+        also after an exception. Raises `UserError` for a norm, an access or a victim it cannot
+        serve.
         """
         self.require(threat)
+        if abstains(model):
+            self.require_rejection()
         threat.check_fits(x.shape[1:])
         check_batch(x, y)
         x = x.detach()
@@ -104,6 +110,16 @@ class Attack(ABC):
             raise UserError(
                 f"attack.target=least_likely needs scores and threat.access={threat.access} grants "
                 "less; type threat.access=scores or attack.target=random"
+            )
+
+    def require_rejection(self) -> None:
+        """Raise `UserError` where this attack takes a rejection for an error of the victim."""
+        if not self.serves_rejection:
+            name = getattr(self, "name", type(self).__name__)
+            raise UserError(
+                f"attack {name} would count images that the defense rejects as broken; type "
+                "attack=standard, attack=pgd or attack=square, or awareness=oblivious to attack "
+                "the network alone"
             )
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 from robustbench_local.attacks.base import Attack, require_count
 from robustbench_local.attacks.transfer import Transfer
 from robustbench_local.errors import UserError
-from robustbench_local.gradients import is_correct, is_randomized, seed_global
+from robustbench_local.gradients import is_randomized, resists, seed_global
 from robustbench_local.oracle import Oracle, is_settled
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
@@ -111,6 +111,11 @@ class Cascade(Attack):
         for part in self.parts.values():
             part.require(threat)
 
+    def require_rejection(self) -> None:
+        """Raise `UserError` where a part takes a rejection for an error of the victim."""
+        for part in self.parts.values():
+            part.require_rejection()
+
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Every part on what is left, and a look at what it made of it."""
         random = not is_settled(model, self.eot_samples)
@@ -208,7 +213,7 @@ def _place(threat: ThreatModel) -> str:
 
 
 def _share_wrong(model: Model, x: Images, y: Labels, draws: int) -> Tensor:
-    """The share of the draws that the victim gets wrong, shape (N,)."""
+    """The share of the draws that the victim accepts and gets wrong, shape (N,)."""
     with torch.no_grad():
-        wrong = [~is_correct(model(x), y) for _ in range(draws)]
+        wrong = [~resists(model(x), y) for _ in range(draws)]
     return torch.stack(wrong).float().mean(0)

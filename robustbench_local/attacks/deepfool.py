@@ -9,6 +9,7 @@ from torch import Tensor
 from robustbench_local.attacks.base import require_count
 from robustbench_local.attacks.minimum_norm import MinimumNorm, Nearest, require_positive
 from robustbench_local.errors import UserError
+from robustbench_local.rejection import class_scores, folded
 from robustbench_local.types import Images, Logits, Model, Norm
 
 
@@ -69,6 +70,7 @@ class DeepFool(MinimumNorm):
         """The classes each image may go to, shape (N, candidates)."""
         if held.targeted:
             return held.y[:, None]
+        logits = class_scores(logits)
         wrong = logits.scatter(1, held.y[:, None], -torch.inf)
         return wrong.topk(min(self.candidates, logits.shape[1] - 1), dim=1).indices
 
@@ -108,13 +110,15 @@ def _boundaries(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """How far each wanted class's score lies below the one to beat, and the gradient of that.
 
-    The one to beat is that of the true class or, if `targeted`, the highest other one.
+    The one to beat is that of the true class or, if `targeted`, the highest other one, in either
+    case that of rejection too.
     """
     x = x.detach().requires_grad_()
     gaps: list[Tensor] = []
     slopes: list[Tensor] = []
     with torch.enable_grad():
         logits = torch.stack([model(x) for _ in range(samples)]).mean(0)
+        logits = logits if targeted else folded(logits, y)
         hold = logits.scatter(1, y[:, None], -torch.inf).argmax(1) if targeted else y
         held = logits.gather(1, hold[:, None])
         ahead = logits.gather(1, wanted) - held  # (N, candidates), negative

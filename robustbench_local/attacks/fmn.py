@@ -19,6 +19,7 @@ from robustbench_local.attacks.minimum_norm import (
 )
 from robustbench_local.gradients import input_gradient
 from robustbench_local.randomness import Draws, derive_seed
+from robustbench_local.rejection import class_scores
 from robustbench_local.types import Images, Labels, Norm
 
 
@@ -76,7 +77,7 @@ class FMN(MinimumNorm):
         if held.targeted or self.sweep == 0:
             return
         with torch.no_grad():
-            logits = held.model(held.x)
+            logits = class_scores(held.model(held.x))
         wrong = logits.scatter(1, held.y[:, None], -torch.inf)
         for rank in range(min(self.sweep, logits.shape[1] - 1)):
             aim = wrong.topk(rank + 1, dim=1).indices[:, rank]

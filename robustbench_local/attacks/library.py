@@ -48,6 +48,7 @@ class LibraryAttack(Attack):
     needs: ClassVar[Access] = "gradients"  # of each, see __post_init__
     norms: ClassVar[frozenset[Norm]] = frozenset()
     foreign: ClassVar[bool] = True
+    serves_rejection: ClassVar[bool] = False
     library: ClassVar[str]
     package: ClassVar[str]
     known: ClassVar[Mapping[str, Known]]

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from robustbench_local.attacks.base import Attack, require_count
-from robustbench_local.gradients import is_correct
+from robustbench_local.gradients import resists
 from robustbench_local.oracle import ask
 from robustbench_local.randomness import Draws, derive_seed
 from robustbench_local.threat import ThreatModel
@@ -38,9 +38,9 @@ class Noise(Attack):
         for _ in range(self.samples):
             x_adv = threat[alive].random_start(x[alive], draws)
             with torch.no_grad():
-                correct = is_correct(ask(model, x_adv, alive), y[alive])
+                short = resists(ask(model, x_adv, alive), y[alive])
             best[alive] = x_adv
-            going = correct.nonzero().squeeze(1)
+            going = short.nonzero().squeeze(1)
             if len(going) == 0:
                 break
             alive, draws = alive[going], draws[going]

@@ -170,9 +170,7 @@ class Substitute(Attack):
                 model = self._imitate(oracle, data, mine)
             queries = oracle.forward_passes - before
             done = replace(self, fitted=Fitted(model, {"queries": queries}))
-            measured = done._measure(
-                oracle.victim, data.pixels(others), data.labels[others], threat
-            )
+            measured = done._measure(oracle, data.pixels(others), data.labels[others], threat)
         return replace(done, fitted=Fitted(model, {"queries": queries, **measured}))
 
     def _check_seeds(self, classes: int, images: int) -> None:
@@ -190,7 +188,7 @@ class Substitute(Attack):
     def _imitate(self, oracle: "Oracle", data: "Split", rows: Tensor) -> nn.Module:
         """All rounds: label, train, augment."""
         x = data.pixels(rows)
-        model = self._build(data.images[rows], oracle.num_classes).to(x.device)
+        model = self._build(data.images[rows], oracle).to(x.device)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order"))
         labels = predict(oracle, x)
         counts = new_points(
@@ -218,19 +216,23 @@ class Substitute(Attack):
                 x, labels = torch.cat((x, more)), torch.cat((labels, predict(oracle, more)))
         return model.requires_grad_(False)
 
-    def _build(self, seeds: Tensor, classes: int) -> Ensemble:
+    def _build(self, seeds: Tensor, oracle: "Oracle") -> Ensemble:
         """A new substitute; torch's global generator is the caller's to put back."""
+        classes = oracle.outputs  # rejection is a label like any other
         seed_global(derive_seed(self.seed, "initial"))
         shape = tuple(seeds.shape[1:])
         mean, std = pixel_statistics(seeds)
         networks = [build(input_shape=shape, num_classes=classes) for build in self.models]
-        return Ensemble(Normalized(n, mean, std, channels=shape[0]) for n in networks)
+        members = (Normalized(n, mean, std, channels=shape[0]) for n in networks)
+        return Ensemble(members, abstains=oracle.outputs > oracle.num_classes)
 
-    def _measure(self, victim: Model, x: Images, y: Labels, threat: ThreatModel) -> dict[str, Any]:
+    def _measure(
+        self, oracle: "Oracle", x: Images, y: Labels, threat: ThreatModel
+    ) -> dict[str, Any]:
         """What the record tells about the substitute; none of it is the attacker's to know."""
         if len(x) == 0 or self.fitted is None:
             return {"held_out_images": 0}
-        substitute = self.fitted.model
+        substitute, victim = self.fitted.model, oracle.victim
         ours, theirs = predict(substitute, x), predict(victim, x)
         right = theirs == y
         facts: dict[str, Any] = {
@@ -245,9 +247,14 @@ class Substitute(Attack):
             x_adv = torch.cat(
                 [self.run(victim, x[rows], y[rows], threat) for rows in slices(len(x))]
             )
-            fooled = predict(substitute, x_adv) != y
+
+            def fools(model: Model) -> Tensor:
+                answer = predict(model, x_adv)
+                return (answer != y) & (answer < oracle.num_classes)  # the last one: rejected
+
+            fooled = fools(substitute)
             if fooled.any():
-                facts["transfer_rate"] = _share((predict(victim, x_adv) != y)[fooled])
+                facts["transfer_rate"] = _share(fools(victim)[fooled])
         return facts
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:

@@ -6,6 +6,7 @@ import torch
 
 from robustbench_local.errors import UserError
 from robustbench_local.randomness import Draws, derive_seed
+from robustbench_local.rejection import class_scores
 from robustbench_local.types import Images, Labels, Model
 
 Target: TypeAlias = str | int | None
@@ -42,7 +43,7 @@ def choose_targets(target: Target, model: Model, x: Images, y: Labels, *, seed: 
     """
     check_target(target)
     with torch.no_grad():
-        logits = model(x if target == "least_likely" else x[:1])
+        logits = class_scores(model(x if target == "least_likely" else x[:1]))
     classes = logits.shape[1]
     wanted = y.clone()
     if target == "random":
