@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,10 @@ class PerExample:
     `clean_correct` and `robust_correct` are fractions of the judge's draws (0 or 1 for a
     deterministic victim), the second those correct before *and* after the attack. Images wrong
     from the start are not attacked: their size is 0 and their two predictions agree.
+
+    Of a victim that may reject images, correct is before the attack what it accepts and gets right,
+    and after the attack what it gets right or rejects; a rejected prediction is K. The last four
+    arrays are empty for any other victim.
     """
 
     indices: NDArray[np.int64]  # position in the source's test set
@@ -42,6 +46,14 @@ class PerExample:
     target: NDArray[np.int64]  # the class a targeted attack wanted; -1: any wrong one
     clean_probabilities: NDArray[np.float16]  # (n, K), softmax, mean over the judge's draws
     adversarial_probabilities: NDArray[np.float16]  # the same after the attack
+    clean_rejected: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """Fraction of the judge's draws that reject the image."""
+    adversarial_rejected: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    clean_suspicion: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    """Logit of rejection minus the largest other one, mean over the draws."""
+    adversarial_suspicion: NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros(0, np.float32)
+    )
 
 
 @dataclass(frozen=True)
@@ -221,8 +233,7 @@ def _attack_batch(
     results = []
     for threat, x_adv, cost in zip(threats, found, costs, strict=True):
         began = _now(x)
-        correct, prediction = clean.correct.clone(), clean.prediction.clone()
-        size, probabilities = clean.size.clone(), clean.probabilities.clone()
+        after = clean
         if attacked.any():
             try:
                 fooled = _verdict(
@@ -230,22 +241,26 @@ def _attack_batch(
                 )
             except BudgetError as error:
                 raise _renumbered(error, split.indices[rows][attacked]) from None
-            correct[attacked] &= fooled.correct
-            prediction[attacked] = fooled.prediction
-            size[attacked] = fooled.size
-            probabilities[attacked] = fooled.probabilities
+            after = clean.updated(attacked, fooled)
+        # Rejecting an attacked image is as good as being right; rejecting a clean one is an error.
+        survived = clean.correct & (after.correct | after.rejected)
+        asked = len(clean.suspicion)  # 0 where the victim cannot reject
         result = PerExample(
             indices=split.indices[rows].numpy(),
             labels=y.cpu().numpy(),
             clean_correct=clean.correct.double().mean(1).numpy(),
-            robust_correct=correct.double().mean(1).numpy(),
+            robust_correct=survived.double().mean(1).numpy(),
             clean_prediction=clean.prediction.numpy(),
-            adversarial_prediction=prediction.numpy(),
+            adversarial_prediction=after.prediction.numpy(),
             attacked=attacked.numpy(),
-            size=size.numpy(),
+            size=after.size.numpy(),
             target=(wanted if targeted else torch.full_like(wanted, -1)).cpu().numpy(),
             clean_probabilities=clean.probabilities.half().numpy(),
-            adversarial_probabilities=probabilities.half().numpy(),
+            adversarial_probabilities=after.probabilities.half().numpy(),
+            clean_rejected=clean.rejected[:asked].double().mean(1).numpy(),
+            adversarial_rejected=after.rejected[:asked].double().mean(1).numpy(),
+            clean_suspicion=clean.suspicion.numpy(),
+            adversarial_suspicion=after.suspicion.numpy(),
         )
         cost.judge_seconds += _now(x) - began + looking / len(threats)
         results.append(result)

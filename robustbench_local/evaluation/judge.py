@@ -6,7 +6,7 @@ random draws the attack never saw, and the budget and the box checked.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from robustbench_local.errors import UserError
 from robustbench_local.gradients import deterministic, pristine, seed_global
 from robustbench_local.oracle import check_logits
 from robustbench_local.randomness import derive_seed
+from robustbench_local.rejection import abstains
 from robustbench_local.threat import ThreatModel, check_box
 from robustbench_local.types import Images, Labels, Model
 
@@ -24,12 +25,27 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the victim classified a batch of images; all of shape (N,), on the CPU."""
+    """How the victim classified a batch of images; all of shape (N,), on the CPU.
 
-    correct: Tensor  # (N, draws) bool
-    prediction: Tensor  # int64, of the first draw
-    probabilities: Tensor  # (N, K) float32: the softmax of the logits, averaged over the draws
+    A victim that cannot reject an image rejects none; its `suspicion` is empty, (0,).
+    """
+
+    correct: Tensor  # (N, draws) bool: accepted and right
+    rejected: Tensor  # (N, draws) bool
+    prediction: Tensor  # int64, of the first draw; K: rejected
+    probabilities: Tensor  # (N, K) float32: the softmax of the classes' logits, mean over the draws
+    suspicion: Tensor  # float32: logit of rejection minus the largest other, mean over the draws
     size: Tensor  # float64, under the norm of the threat model
+
+    def updated(self, rows: Tensor, other: "Verdict") -> "Verdict":
+        """The same with what `other` says of the images in `rows`, a mask of shape (N,)."""
+        columns = []
+        for part in fields(self):
+            values = getattr(self, part.name).clone()
+            if len(values):
+                values[rows] = getattr(other, part.name)
+            columns.append(values)
+        return Verdict(*columns)
 
 
 @contextmanager
@@ -73,22 +89,30 @@ def judge(
     """
     check_images(x, y, num_classes)
     threat.check(x_adv, x)
-    votes, prediction = [], None
+    rejects = abstains(victim)
+    answers = []
     probabilities = torch.zeros(len(x), num_classes)
+    suspicion = torch.zeros(len(x) if rejects else 0)
     with exact(), pristine(victim), torch.no_grad():
         for draw in range(draws):
             draw_seed = derive_seed(seed, "judge", draw)
             seed_global(draw_seed)
             if reseed is not None:
                 reseed(draw_seed)
-            logits = check_logits(victim(x_adv.float()), x, num_classes)
-            probabilities += logits.softmax(1).cpu() / draws
-            answer = logits.argmax(1)
-            votes.append(answer == y)
-            prediction = answer if prediction is None else prediction
-    assert prediction is not None
+            logits = check_logits(victim(x_adv.float()), x, num_classes + rejects)
+            classes = logits[:, :num_classes]
+            probabilities += classes.softmax(1).cpu() / draws
+            if rejects:
+                suspicion += (logits[:, num_classes] - classes.amax(1)).cpu() / draws
+            answers.append(logits.argmax(1))
+    answered = torch.stack(answers, 1)
     return Verdict(
-        torch.stack(votes, 1).cpu(), prediction.cpu(), probabilities, threat.size(x_adv, x).cpu()
+        correct=(answered == y[:, None]).cpu(),
+        rejected=(answered == num_classes).cpu(),
+        prediction=answers[0].cpu(),
+        probabilities=probabilities,
+        suspicion=suspicion,
+        size=threat.size(x_adv, x).cpu(),
     )
 
 

@@ -21,7 +21,7 @@ from robustbench_local.identity import (
     find_object,
 )
 from robustbench_local.results.environment import environment, library_versions
-from robustbench_local.results.metrics import measure
+from robustbench_local.results.metrics import measure, measure_detection
 from robustbench_local.results.statistics import wilson
 from robustbench_local.results.store import RECORD_VERSION, Record
 from robustbench_local.sources import identify
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 _CODE = (
     "attacks", "data", "defenses", "evaluation", "models", "training",
-    "gradients.py", "oracle.py", "randomness.py", "run.py", "sources.py", "spatial.py",
-    "threat.py",
+    "gradients.py", "oracle.py", "randomness.py", "rejection.py", "run.py", "sources.py",
+    "spatial.py", "threat.py",
 )  # fmt: skip
 
 
@@ -66,10 +66,17 @@ def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.devic
     return content_id({**decides, "code": [code_version(*_CODE), code]})
 
 
-def comparability(settings: Mapping[str, Any], data: Dataset, threat: ThreatModel) -> str:
-    """Rows with different keys never share a ranking."""
+def comparability(
+    settings: Mapping[str, Any], data: Dataset, threat: ThreatModel, *, rejects: bool = False
+) -> str:
+    """Rows with different keys never share a ranking.
+
+    A victim that `rejects` images is held to another standard: rejecting an attacked image counts
+    as robust.
+    """
     return content_id(
         {
+            **({"rejection": True} if rejects else {}),
             "dataset": data.fingerprint,
             "test": data.test_fingerprint,
             "threat": {
@@ -96,6 +103,7 @@ def make_record(
     report: Mapping[str, Any],
     preparation: Mapping[str, int],
     averaged: Mapping[str, Any] | None,
+    calibration: Mapping[str, Any] | None,
     judge_draws: int,
     certified: Mapping[str, Any] | None,
     flags: list[Flag],
@@ -108,11 +116,12 @@ def make_record(
     # Of a random victim what most draws say: single ones differ without any attack.
     broken = examples.attacked & (examples.clean_correct > 0.5) & (examples.robust_correct <= 0.5)
     sizes = examples.size[broken]
+    detection = measure_detection(examples)
     return {
         "version": RECORD_VERSION,
         "run_id": run_id,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "comparability": comparability(settings, data, threat),
+        "comparability": comparability(settings, data, threat, rejects=detection is not None),
         "labels": dict(labels),
         "seed": settings["seed"],
         "n": n,
@@ -130,6 +139,7 @@ def make_record(
         "judge_draws": judge_draws,
         "metrics": measure(examples, data.num_classes),
         "certified": None if certified is None else dict(certified),
+        "detection": None if detection is None else {**(calibration or {}), **detection},
         "eot": None if averaged is None else dict(averaged),
         "preparation_passes": dict(preparation),
         "passes_per_attacked_image": {

@@ -98,6 +98,9 @@ def _show_parts(record: Record, console: Console, *, several: bool) -> None:
     rate = record["target_success_rate"]
     if rate is not None:
         figures.append(f"reached the target class: {_percent(rate)} of the images attacked")
+    detection = record.get("detection")
+    if detection is not None:
+        figures.append(_rejections(detection))
     for figure in figures:
         console.print(escape(figure + at), soft_wrap=True)
 
@@ -110,6 +113,16 @@ def _draws(averaged: Mapping[str, Any]) -> str:
     of = f" ({', '.join(tried)} of {averaged['tried'][0]['n']} images)" if tried else ""
     end = "; more would break more: raise eot.limit" if averaged["stable"] is False else ""
     return f"draws of the random victim averaged: {averaged['samples']}{of}{end}"
+
+
+def _rejections(detection: Record) -> str:
+    """How often a detector was right, in one sentence."""
+    told = f"rejected: {_percent(detection['clean_rejected'])} of the clean images"
+    for key, which in (("attacked", "attacked ones"), ("fooling", "those that fool the network")):
+        if detection[f"{key}_rejected"] is not None:
+            share, area = detection[f"{key}_rejected"], detection[f"{key}_roc_auc"]
+            told += f", {_percent(share)} of the {which} (ROC-AUC {area:.3f})"
+    return told
 
 
 def _plain(value: object) -> str:
