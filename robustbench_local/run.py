@@ -15,7 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from robustbench_local.attacks import Attack, Transfer
 from robustbench_local.attacks.samples import leaves_samples_open, with_samples
 from robustbench_local.data import Dataset, load
-from robustbench_local.defenses import Defense, check_defense, declared_samples
+from robustbench_local.defenses import (
+    Defense,
+    check_defense,
+    declared_samples,
+    describe_detection,
+)
 from robustbench_local.defenses.preprocess import RUN_TIME
 from robustbench_local.display import Display
 from robustbench_local.errors import UserError
@@ -75,6 +80,8 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
     attack = build_attack(settings, 1)
     for point in points:
         attack.require(point.threat)
+    if defense.abstains and settings["awareness"] == "adaptive":
+        attack.require_rejection()
     data_dir, cache, results = (
         Path(str(config.paths[key])).expanduser() for key in ("data", "cache", "results")
     )
@@ -156,6 +163,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
                 report=attack.report(point.threat),
                 preparation=preparation,
                 averaged=None if averaged is None else asdict(averaged),
+                calibration=describe_detection(victim),
                 judge_draws=judging.draws,
                 certified=certified,
                 flags=flags,

@@ -14,7 +14,15 @@ from robustbench_local.defenses.defense import (
     declared_samples,
 )
 from robustbench_local.defenses.denoiser import Denoiser
+from robustbench_local.defenses.detection import (
+    Calibration,
+    Detecting,
+    Detector,
+    Scorer,
+    describe_detection,
+)
 from robustbench_local.defenses.feature_squeezing import FeatureSqueezing
+from robustbench_local.defenses.feature_squeezing_detector import FeatureSqueezingDetector
 from robustbench_local.defenses.gaussian import Gaussian
 from robustbench_local.defenses.jpeg import Jpeg, JpegRandom, JpegSlq, JpegVote
 from robustbench_local.defenses.median import Median
@@ -38,10 +46,14 @@ __all__ = [
     "ArtPreprocessor",
     "Bilateral",
     "BitDepth",
+    "Calibration",
     "Criterion",
     "Defense",
     "Denoiser",
+    "Detecting",
+    "Detector",
     "FeatureSqueezing",
+    "FeatureSqueezingDetector",
     "Gaussian",
     "Jpeg",
     "JpegRandom",
@@ -56,6 +68,7 @@ __all__ = [
     "Recipe",
     "Regularizer",
     "ResizePad",
+    "Scorer",
     "Standard",
     "Temperature",
     "TotalVariation",
@@ -63,4 +76,5 @@ __all__ = [
     "Wrapper",
     "check_defense",
     "declared_samples",
+    "describe_detection",
 ]

@@ -23,7 +23,8 @@ Wrapper: TypeAlias = Callable[[Model], Model]
 """Builds the defended model around a model. Where that draws random numbers, the module it returns
 has `randomized = True`, `reseed(seed)` and `eot_samples`, like a `Preprocess`. It may have
 `in_training`, `at_run_time`, `run_time_only` and `fit` as well, `through(model)` for what is to be
-trained where that is not what is deployed, and `certify(victim, split, seed, progress)`."""
+trained where that is not what is deployed, and `certify(victim, split, seed, progress)`. One that
+rejects images says `abstains = True` and has `calibrate(victim, workshop)`, see `Detector`."""
 
 Regularizer: TypeAlias = Callable[[Recipe], Recipe]
 """Makes another recipe of a recipe, such as one that also perturbs the weights."""
@@ -76,6 +77,12 @@ class Defense:
                     f"defense.wrap.{name} certifies what comes into it and {self.faced[0]} changes "
                     f"the image before; type defense=[{','.join([name, *others])}]"
                 )
+        detectors = [name for name, step in self.wrap.items() if _rejects(step)]
+        if len(detectors) > 1:
+            raise UserError(
+                f"defense has {len(detectors)} detectors ({', '.join(detectors)}) and only one can "
+                f"decide what is rejected; type defense={detectors[0]}"
+            )
 
     @property
     def names(self) -> list[str]:
@@ -105,13 +112,28 @@ class Defense:
         """The names of the wraps that an attacker faces."""
         return [name for name, step in self.wrap.items() if getattr(step, "at_run_time", True)]
 
+    @property
+    def abstains(self) -> bool:
+        """Whether the victim may reject images, see `robustbench_local.rejection`."""
+        return any(_rejects(self.wrap[name]) for name in self.faced)
+
     def fit(self, workshop: "Workshop") -> "Defense":
-        """The same defense with its wraps trained, as far as they learn something themselves."""
+        """The same defense with its wraps trained, as far as they learn something themselves.
+
+        Detectors are calibrated last, on the whole victim: what stands in front of them and behind
+        them changes their scores.
+        """
         fitted = {
             name: step.fit(workshop) if hasattr(step, "fit") else step
             for name, step in self.wrap.items()
         }
-        return replace(self, wrap=fitted)
+        defense = replace(self, wrap=fitted)
+        for name, step in fitted.items():
+            calibrate = getattr(step, "calibrate", None)
+            if calibrate is not None and workshop.network is not None:
+                settled = calibrate(defense.apply(workshop.network.model), workshop)
+                defense = replace(defense, wrap={**fitted, name: settled})
+        return defense
 
     def apply(self, model: Model) -> Model:
         """What the attacker faces: `model` itself, inside the wraps.
@@ -159,6 +181,10 @@ class Defense:
     def reseeder(self, victim: Model) -> Callable[[int], None]:
         """`randomness.reseed` for this victim, as a function of the seed."""
         return partial(reseed, victim)
+
+
+def _rejects(step: object) -> bool:
+    return getattr(step, "abstains", False) is True
 
 
 def declared_samples(victim: Model) -> int:
