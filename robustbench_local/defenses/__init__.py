@@ -5,6 +5,7 @@ A new one is a file here and a YAML in conf/defense/.
 
 from robustbench_local.defenses.adversarial_training import AdversarialTraining
 from robustbench_local.defenses.art_adapter import ArtPreprocessor
+from robustbench_local.defenses.art_detector import ArtDetector
 from robustbench_local.defenses.bilateral import Bilateral
 from robustbench_local.defenses.defense import (
     Defense,
@@ -21,6 +22,7 @@ from robustbench_local.defenses.detection import (
     Scorer,
     describe_detection,
 )
+from robustbench_local.defenses.detector_network import DetectorNetwork
 from robustbench_local.defenses.feature_squeezing import FeatureSqueezing
 from robustbench_local.defenses.feature_squeezing_detector import FeatureSqueezingDetector
 from robustbench_local.defenses.gaussian import Gaussian
@@ -43,6 +45,7 @@ __all__ = [
     "RSE",
     "SAP",
     "AdversarialTraining",
+    "ArtDetector",
     "ArtPreprocessor",
     "Bilateral",
     "BitDepth",
@@ -52,6 +55,7 @@ __all__ = [
     "Denoiser",
     "Detecting",
     "Detector",
+    "DetectorNetwork",
     "FeatureSqueezing",
     "FeatureSqueezingDetector",
     "Gaussian",

@@ -118,10 +118,13 @@ def _draws(averaged: Mapping[str, Any]) -> str:
 def _rejections(detection: Record) -> str:
     """How often a detector was right, in one sentence."""
     told = f"rejected: {_percent(detection['clean_rejected'])} of the clean images"
-    for key, which in (("attacked", "attacked ones"), ("fooling", "those that fool the network")):
+    for key, which in (
+        ("attacked", "the attacked ones"),
+        ("fooling", "those that fool the network"),
+    ):
         if detection[f"{key}_rejected"] is not None:
             share, area = detection[f"{key}_rejected"], detection[f"{key}_roc_auc"]
-            told += f", {_percent(share)} of the {which} (ROC-AUC {area:.3f})"
+            told += f", {_percent(share)} of {which} (ROC-AUC {area:.3f})"
     return told
 
 
