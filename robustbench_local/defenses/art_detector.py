@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,13 +17,13 @@ from robustbench_local.defenses.detection import Detector, Scorer
 from robustbench_local.defenses.detector_network import (
     LogitDifference,
     TellApart,
-    binary_network,
-    require_count,
+    Watcher,
+    watcher,
 )
+from robustbench_local.defenses.settings import read_number, require_count
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import deterministic, pristine
 from robustbench_local.identity import class_version, content_id
-from robustbench_local.models import SmallCNN
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training.identity import describe
@@ -49,9 +49,9 @@ REFUSED: Mapping[str, str] = {
 class ArtDetector(Detector):
     """A detector of ART (Nicolae et al. 2018, arXiv:1807.01069), trained by ART.
 
-    - `name`: `BinaryInputDetector`, a network that looks at the images, a `SmallCNN` of `width` and
-      `hidden` units; or `BinaryActivationDetector`, one of `hidden` units that looks at the logits
-      of the classifier: ART finds no layer further inside of a network that normalises first.
+    - `name`: `BinaryInputDetector`, a network that looks at the images, a `Watcher` of `width`
+      channels; or `BinaryActivationDetector`, one of `hidden` units that looks at the logits of the
+      classifier: ART finds no layer further inside of a network that normalises first.
     - It is trained for `epochs` with Adam at `learning_rate`, in batches of `batch_size`, on
       `images` training images, evenly spread, and on what `attack` makes of them within `threat`,
       rounded to 256 levels: the budget of training, not that of the evaluation.
@@ -60,6 +60,8 @@ class ArtDetector(Detector):
     a gradient; ART's own `detect` has none, and rejects where the difference is above 0. Raises
     `UserError` for other names, with the reason where there is such a detector.
     """
+
+    called: ClassVar[str] = "art_detector"
 
     attack: Attack
     threat: ThreatModel
@@ -74,7 +76,7 @@ class ArtDetector(Detector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        key = "defense.wrap.art_detector"
+        key = f"defense.wrap.{self.called}"
         if self.name in REFUSED:
             raise UserError(f"{key}.name={self.name} is refused: {REFUSED[self.name]}")
         if self.name not in NAMES:
@@ -83,9 +85,15 @@ class ArtDetector(Detector):
                 f"{', '.join(NAMES)}: type {key}.name={NAMES[0]}"
             )
         for name in ("images", "epochs", "batch_size", "width", "hidden"):
-            require_count(f"{key}.{name}", getattr(self, name))
-        if not self.learning_rate > 0:
-            raise UserError(f"{key}.learning_rate={self.learning_rate}; expected a number above 0")
+            require_count(f"{key}.{name}", getattr(self, name), example=getattr(ArtDetector, name))
+        rate = read_number(
+            f"{key}.learning_rate",
+            self.learning_rate,
+            fits=lambda number: number > 0,
+            expected="a number above 0",
+            example=0.001,
+        )
+        object.__setattr__(self, "learning_rate", rate)
         self.attack.require(self.threat)
 
     def fit(self, workshop: "Workshop") -> Self:
@@ -104,7 +112,7 @@ class ArtDetector(Detector):
                     "network": classifier.sha256,
                     "dataset": workshop.data.fingerprint,
                     "seed": workshop.seed,
-                    "code": [class_version(part) for part in (ArtDetector, TellApart, SmallCNN)],
+                    "code": [class_version(part) for part in (ArtDetector, Watcher)],
                     "library": version("adversarial-robustness-toolbox"),
                 }
             ),
@@ -128,7 +136,7 @@ class ArtDetector(Detector):
 
     def _build(self, data: "Dataset") -> nn.Module:
         if self.name == "BinaryInputDetector":
-            return binary_network(data, self.width, self.hidden)
+            return watcher(data, self.width)
         first = nn.Linear(data.num_classes, self.hidden)
         return nn.Sequential(first, nn.ReLU(), nn.Linear(self.hidden, 2))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from robustbench_local.defenses.settings import read_number
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import images_at_once, pristine
 from robustbench_local.randomness import derive_seed, reseed
@@ -71,7 +72,7 @@ class Detecting(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Detector(ABC):
-    """A wrap that rejects images with a high score. Subclasses make the `scorer`.
+    """A wrap that rejects images with a high score. Subclasses make the `scorer`, and are `called`.
 
     The threshold is set on the clean validation images, as they come through the whole defense, so
     that at most the share `false_positive_rate` of them is rejected; midway between two scores, so
@@ -79,18 +80,21 @@ class Detector(ABC):
     """
 
     abstains: ClassVar[bool] = True
+    called: ClassVar[str]
+    """Its name in the configuration."""
 
     false_positive_rate: float = 0.05
     calibration: Calibration | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        rate = self.false_positive_rate
-        number = isinstance(rate, int | float) and not isinstance(rate, bool)
-        if not number or not 0 <= rate < 1:  # also NaN
-            raise UserError(
-                f"false_positive_rate={rate} of a detector; expected a share of the clean images "
-                "from 0 to below 1: type defense.wrap.NAME.false_positive_rate=0.05"
-            )
+        rate = read_number(
+            f"defense.wrap.{self.called}.false_positive_rate",
+            self.false_positive_rate,
+            fits=lambda number: 0 <= number < 1,
+            expected="a share of the clean images, from 0 to below 1",
+            example=0.05,
+        )
+        object.__setattr__(self, "false_positive_rate", rate)
 
     @abstractmethod
     def scorer(self) -> Scorer:

@@ -10,9 +10,10 @@ from robustbench_local.attacks import Attack
 from robustbench_local.data import Dataset, Split
 from robustbench_local.defenses.detection import Detector, Scorer
 from robustbench_local.defenses.recipe import Criterion, Recipe
+from robustbench_local.defenses.settings import require_count
 from robustbench_local.errors import UserError
 from robustbench_local.identity import class_version
-from robustbench_local.models import Normalized, SmallCNN, pixel_statistics
+from robustbench_local.models import Normalized, pixel_statistics
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Images, Labels, Logits, Model
@@ -30,27 +31,28 @@ _BATCH = 500
 class DetectorNetwork(Detector):
     """A binary classifier, clean or attacked (Gong, Wang and Ku 2017, arXiv:1704.04960).
 
-    The score is the difference of its two logits. It is a `SmallCNN` of `width` and `hidden` units,
-    trained like the classifier, for `epochs` (null: as many), on every training image and on what
-    `attack` makes of it within `threat`: the budget of training, not that of the evaluation.
+    The score is the difference of its two logits. It is a `Watcher` of `width` channels, trained
+    like the classifier, for `epochs` (null: as many), on every training image and on what `attack`
+    makes of it within `threat`: the budget of training, not that of the evaluation.
 
     Deviations: images are attacked anew in each step (as in Metzen et al. 2017, arXiv:1702.04267),
     away from the class predicted, and rounded to 256 levels, lest the network learns that only
     stored images have whole levels.
     """
 
+    called: ClassVar[str] = "detector"
+
     attack: Attack
     threat: ThreatModel
     epochs: int | None = None
     width: int = 16
-    hidden: int = 64
     network: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "width", "hidden"):
-            if name != "epochs" or self.epochs is not None:
-                require_count(f"defense.wrap.detector.{name}", getattr(self, name))
+        require_count("defense.wrap.detector.width", self.width, example=16)
+        if self.epochs is not None:
+            require_count("defense.wrap.detector.epochs", self.epochs, example=5)
         self.attack.require(self.threat)
 
     def fit(self, workshop: "Workshop") -> Self:
@@ -61,15 +63,14 @@ class DetectorNetwork(Detector):
         self.attack.check(workshop.data, self.threat)
         recipe = TellApart(victim=classifier.model, attack=self.attack, threat=self.threat)
         trained = replace(workshop, data=recipe.data(workshop.data)).train(
-            lambda: binary_network(workshop.data, self.width, self.hidden),
+            lambda: watcher(workshop.data, self.width),
             recipe,
             key={
                 **workshop.model,  # the precision too
                 "model": {
-                    "_target_": "robustbench_local.models.SmallCNN",
+                    "_target_": "robustbench_local.defenses.detector_network.Watcher",
                     "width": self.width,
-                    "hidden": self.hidden,
-                    "code": class_version(SmallCNN),
+                    "code": class_version(Watcher),
                 },
                 "protects": classifier.sha256,
             },
@@ -97,10 +98,36 @@ class LogitDifference(Scorer):
         return said[:, 1] - said[:, 0]
 
 
-def binary_network(data: Dataset, width: int, hidden: int) -> Normalized:
-    """A freshly initialised network for images of `data` and two classes, on the CPU."""
+class Watcher(nn.Module):
+    """Three convolutions and the mean over the image: two logits, for images of any size.
+
+    What betrays an attack may be anywhere. `width` channels, then twice and four times as many.
+    """
+
+    channels_last: ClassVar[bool] = True
+
+    def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(input_shape[0], width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x: Images) -> Logits:
+        """Normalised images (N, C, H, W) to logits (N, K)."""
+        logits: Logits = self.head(self.layers(x).mean((2, 3)))
+        return logits
+
+
+def watcher(data: Dataset, width: int) -> Normalized:
+    """A freshly initialised one that takes pixels of `data`, on the CPU."""
     shape = data.input_shape
-    network = SmallCNN(input_shape=shape, num_classes=2, width=width, hidden=hidden)
+    network = Watcher(input_shape=shape, num_classes=2, width=width)
     return Normalized(network, *pixel_statistics(data.train.images), channels=shape[0])
 
 
@@ -160,12 +187,6 @@ class TellApart(Recipe):
             x[chosen] = self.attacked(x[chosen], seed=derive_seed(seed, step))
         logits: Logits = model(x)
         return criterion(logits, y), logits
-
-
-def require_count(key: str, value: object) -> None:
-    """Raise `UserError` unless a setting is a whole number from 1; `key` is its whole name."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{key}={value}; expected a whole number, 1 or more: type {key}=16")
 
 
 def _halves(clean: Tensor, attacked: Tensor, indices: Tensor) -> Split:

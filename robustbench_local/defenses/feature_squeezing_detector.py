@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ class FeatureSqueezingDetector(Detector):
     - `false_positive_rate`: see `Detector`; 0.05 in the paper, there of training images.
     """
 
+    called: ClassVar[str] = "feature_squeezing_detector"
+
     squeezers: Mapping[str, Preprocess]
 
     def __post_init__(self) -> None:
@@ -35,7 +38,7 @@ class FeatureSqueezingDetector(Detector):
         # Plain ones: a configuration brings its own kinds of mapping.
         squeezers = {str(name): squeezer for name, squeezer in self.squeezers.items()}
         object.__setattr__(self, "squeezers", squeezers)
-        key = "defense.wrap.feature_squeezing_detector.squeezers"
+        key = f"defense.wrap.{self.called}.squeezers"
         if not squeezers:
             raise UserError(
                 f"{key} is empty; expected one transform at least: type "
@@ -62,12 +65,13 @@ class Squeezing(Scorer):
 
     def forward(self, model: Model, x: Images, logits: Logits) -> Tensor:
         """See `Scorer`."""
-        plain = logits.log_softmax(1)
+        # In float64: small distances are differences of nearly equal probabilities.
+        plain = logits.double().log_softmax(1)
         distances = [
-            log_odds_distance(plain, model(squeezer(x)).log_softmax(1))
+            log_odds_distance(plain, model(squeezer(x)).double().log_softmax(1))
             for squeezer in self.squeezers
         ]
-        return torch.stack(distances).amax(0)
+        return torch.stack(distances).amax(0).to(logits.dtype)
 
 
 def log_odds_distance(first: Tensor, second: Tensor) -> Tensor:
