@@ -78,7 +78,9 @@ class ArtDetector(Detector):
         super().__post_init__()
         key = f"defense.wrap.{self.called}"
         if self.name in REFUSED:
-            raise UserError(f"{key}.name={self.name} is refused: {REFUSED[self.name]}")
+            raise UserError(
+                f"{key}.name={self.name} is refused: {REFUSED[self.name]}; type {key}.name={NAMES[0]}"
+            )
         if self.name not in NAMES:
             raise UserError(
                 f"{key}.name={self.name} is not a detector of ART; expected one of "

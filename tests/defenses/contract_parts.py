@@ -1,6 +1,7 @@
 """The defenses of conf/defense, ready to be tested, and a small network; no test itself."""
 
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,7 @@ from robustbench_local.training import Schedule, Trained, Workshop
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(path.stem for path in (CONF / "defense").glob("*.yaml"))
 CLASSES = 4
+CACHE = tempfile.TemporaryDirectory()  # ends with the tests; only other libraries train into it
 
 
 def having(part: str) -> list[str]:
@@ -93,7 +95,7 @@ def workshop(channels: int) -> Apprentice:
     return Apprentice(
         data=data,
         device=torch.device("cpu"),
-        cache=Path("nowhere"),
+        cache=Path(CACHE.name),
         seed=0,
         schedule=Schedule(epochs=1, batch_size=8, learning_rate=0.01),
         build=lambda: Network(channels),

@@ -38,6 +38,16 @@ from robustbench_local.run import build_defense
 OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
     "adversarial_training": {"epsilon_ramp": [-0.1, 1.5], "threat.epsilon": [-0.1]},
     "art": {"eot_samples": [0], "name": ["NoSuch"], "kwargs": [{"quality": 120}]},
+    "art_detector": {
+        "batch_size": [0],
+        "epochs": [0, 1.5],
+        "false_positive_rate": [-0.1, 1, "nan"],
+        "hidden": [0],
+        "images": [0],
+        "learning_rate": [0, -0.1],
+        "name": ["NoSuch", "SubsetScanningDetector", "BeyondDetectorPyTorch"],
+        "width": [0],
+    },
     "bilateral": {"size": [1, 4, 2.5], "sigma_space": [0, -1], "sigma_color": [0, "-1/255"]},
     "bit_depth": {"bits": [0, 9, 1.5, True]},
     "denoiser": {
@@ -52,7 +62,14 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
         "pixel_weight": [-1],
         "width": [0, 1.5],
     },
+    "detector": {
+        "epochs": [0, 1.5],
+        "false_positive_rate": [-0.1, 1, "nan"],
+        "width": [0, True],
+    },
     "feature_squeezing": {"bits": [0, 9], "size": [0, 1, 4]},
+    "feature_squeezing_detector": {"false_positive_rate": [-0.1, 1, "nan"], "squeezers": [{}]},
+    "feature_squeezing_detector_cifar10": {"false_positive_rate": [-0.1, 1], "squeezers": [{}]},
     "gaussian": {"sigma": [0, -1, "nan"]},
     "jpeg": {"quality": [0, 101, 7.5], "surrogate": ["none"]},
     "jpeg_random": {"qualities": [[], [0], [20, 101], 50], "eot_samples": [0, 1.5]},
