@@ -27,6 +27,7 @@ from robustbench_local.identity import class_version, content_id
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training.identity import describe
+from robustbench_local.training.loop import seeded
 from robustbench_local.training.store import Shelf
 from robustbench_local.types import Images, Logits, Model
 
@@ -78,7 +79,10 @@ class ArtDetector(Detector):
         super().__post_init__()
         key = f"defense.wrap.{self.called}"
         if self.name in REFUSED:
-            raise UserError(f"{key}.name={self.name} is refused: {REFUSED[self.name]}")
+            raise UserError(
+                f"{key}.name={self.name} is refused: {REFUSED[self.name]}; type "
+                f"{key}.name={NAMES[0]}"
+            )
         if self.name not in NAMES:
             raise UserError(
                 f"{key}.name={self.name} is not a detector of ART; expected one of "
@@ -122,7 +126,8 @@ class ArtDetector(Detector):
                 if shelf.find(repair=True) is None:
                     weights, seconds = self._train(workshop, classifier.model)
                     shelf.write(weights, {"device": workshop.device.type, "seconds": seconds})
-        network = self._build(workshop.data).to(workshop.device)
+        with seeded(0, workshop.device):  # the initial weights are drawn, and then replaced
+            network = self._build(workshop.data).to(workshop.device)
         network.load_state_dict(shelf.read())
         return replace(self, network=network.eval().requires_grad_(False))
 
