@@ -37,6 +37,7 @@ from robustbench_local.attacks import (
     TorchAttacks,
     Transfer,
 )
+from robustbench_local.attacks.imitation import stratified
 from robustbench_local.attacks.target import choose_targets
 from robustbench_local.attacks.transfer import Source
 from robustbench_local.data import Split
@@ -51,6 +52,7 @@ from robustbench_local.gradients import (
 )
 from robustbench_local.models import MLP
 from robustbench_local.oracle import Oracle
+from robustbench_local.randomness import derive_seed
 from robustbench_local.rejection import abstains, class_scores, facing, folded, rejected
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Norm
@@ -243,6 +245,7 @@ def nearest(case: Case, norm: Norm) -> NDArray[np.float64]:
     ("l2", CW(steps=400, step_size=0.05, binary_search_steps=6, initial_const=1)),
     ("l2", DDN(steps=300)),
     ("l2", FMN(steps=300)),
+    ("l2", DeepFool(steps=100)),
     ("l1", FMN(steps=300)),
     ("l1", APGD(steps=100)),
     ("l1", SparseL1Descent(steps=200, step_size=0.03)),
@@ -263,6 +266,19 @@ def test_an_evolved_pixel_goes_on_until_it_is_accepted() -> None:
     attack = OnePixel(population=40, generations=30)
     careless = attack(given.victim.linear, given.x, given.y, threat)
     found = attack(given.victim, given.x, given.y, threat)
+    assert accepted_and_wrong(given, found).sum() >= accepted_and_wrong(given, careless).sum() + 5
+
+
+def test_noise_is_drawn_until_it_is_accepted() -> None:
+    class ClassOfItsOwn(nn.Module):
+        """Rejection as a class like any other: its images are given up as broken."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return given.victim(x)
+
+    given, attack = case(4, seed=6, steepness=4), Noise(samples=20)
+    careless = attack(ClassOfItsOwn(), given.x, given.y, linf(0.3))
+    found = attack(given.victim, given.x, given.y, linf(0.3))
     assert accepted_and_wrong(given, found).sum() >= accepted_and_wrong(given, careless).sum() + 5
 
 
@@ -307,7 +323,7 @@ ALIKE: dict[str, tuple[Norm, Attack]] = {
     "apgd dlr targeted": ("linf", APGD(steps=20, loss="dlr_targeted")),
     "ddn": ("l2", DDN(steps=20)),
     "cw": ("l2", CW(steps=20, binary_search_steps=2)),
-    "fmn": ("linf", FMN(steps=20, sweep=3)),
+    "fmn": ("linf", FMN(steps=20, sweep=9)),
     "deepfool": ("linf", DeepFool(steps=10)),
     "square": ("linf", Square(queries=50)),
     "one pixel": ("l0", OnePixel(population=10, generations=5)),
@@ -325,9 +341,18 @@ def test_a_rejection_that_never_happens_changes_no_bit(name: str) -> None:
     x, y = given.x, given.y
     threat = ThreatModel(norm=norm, epsilon={"linf": 0.1, "l2": 0.4, "l1": 1, "l0": 1,
                                              "spatial": 0.5}[norm])  # fmt: skip
-    plain = attack(given.victim.linear, x, y, threat)
-    assert not torch.equal(plain, x)
-    assert torch.equal(attack(WithColumn(given.victim.linear), x, y, threat), plain)
+    plain, other = (
+        Oracle(victim, threat, 4)
+        for victim in (given.victim.linear, WithColumn(given.victim.linear))
+    )
+    found = attack(plain, x, y, threat)
+    assert not torch.equal(found, x)
+    assert torch.equal(attack(other, x, y, threat), found)
+    # Nor what it costs: rejection is no class that anything is spent on.
+    assert (other.forward_passes, other.backward_passes) == (
+        plain.forward_passes,
+        plain.backward_passes,
+    )
 
 
 class Fixed(nn.Module):
@@ -469,6 +494,17 @@ def test_a_substitute_learns_what_is_rejected() -> None:
     assert attack.report(threat)["agreement_with_victim"] > 0.8
     broken = accepted_and_wrong(given, attack(oracle, given.x, given.y, threat))
     assert not (broken & (exact(given, 0.2) < 0)).any()
+    # Of the images it was not trained on: what it breaks of itself, and that of the victim's.
+    order = stratified(labels, torch.Generator().manual_seed(derive_seed(0, "seeds")))[200:]
+    others = Case(given.victim, split.pixels(order), labels[order])
+    right = others.victim(others.x).argmax(1) == others.y
+    others = Case(given.victim, others.x[right], others.y[right])
+    made = attack(oracle, others.x, others.y, threat)
+    answer = model(made).argmax(1)
+    fooled = ((answer != others.y) & (answer < 2)).numpy()
+    rate = accepted_and_wrong(others, made)[fooled].mean()
+    assert attack.report(threat)["transfer_rate"] == pytest.approx(rate)
+    assert 0 < fooled.sum() < len(fooled) and rate < 1
     assert broken.sum() > 0.4 * (exact(given, 0.2) > 0).sum()
 
 

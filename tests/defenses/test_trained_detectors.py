@@ -129,6 +129,7 @@ def test_what_the_network_is_trained_on(workshop: Workshop, digit_model: nn.Modu
     assert data.validation.labels.tolist() == [0] * 4 + [1] * 4
     clean, broken = data.validation.pixels(slice(0, 4)), data.validation.pixels(slice(4, 8))
     assert torch.equal(data.validation.images[:4], few.validation.images)
+    assert torch.equal(broken, recipe.attacked(clean, seed=0))
     # Whole levels, inside the budget but for their rounding, and another class is predicted.
     assert 0.25 < float((broken - clean).abs().max()) <= 0.3 + 0.5 / 255 + 1e-6
     assert (digit_model(broken).argmax(1) != digit_model(clean).argmax(1)).all()
