@@ -61,7 +61,10 @@ def _reasons(
             (attack.needs == "labels", "an attack that sees labels only may find no start"),
             aims,
             (norm == "spatial", "the rotations and translations of spatial are bounded"),
-            (norm == "l0" and not nearest, "all pixels at once are not what the search is made for"),
+            (
+                norm == "l0" and not nearest,
+                "a search for few pixels is not made for all of them",
+            ),
         ],
         "weaker_than_fgsm": [blind, aims, no_ball],
         "weaker_than_black_box": [

@@ -16,7 +16,7 @@ class Audit:
     Always:
 
     - `images`: test images, the first ones, at which the victim is looked at. `passes`: forward
-      passes of the same images; `spread`: the L2 distance of normalised logits that is a difference.
+      passes of the same images; `spread`: an L2 distance of normalised logits that is a difference.
     - `softmax_tolerance`: how far the sum of probabilities may be from 1.
     - `smallest_test`: test images below which a result is that of a subset.
 

@@ -7,13 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_local.attacks import Attack
+from robustbench_local.data import Split
 from robustbench_local.evaluation.audit.check import Check, found, skipped
-from robustbench_local.evaluation.audit.comparison import accuracy, is_more_than_chance, shares_apart
+from robustbench_local.evaluation.audit.comparison import (
+    accuracy,
+    is_more_than_chance,
+    shares_apart,
+)
 from robustbench_local.evaluation.audit.config import Audit
 from robustbench_local.evaluation.audit.switch import distance, seed_everything
 from robustbench_local.evaluation.audit.trials import Trials
 from robustbench_local.evaluation.audit.variations import single_draw
-from robustbench_local.data import Split
 from robustbench_local.evaluation.evaluate import Judging
 from robustbench_local.gradients import pristine
 from robustbench_local.oracle import Oracle

@@ -31,7 +31,7 @@ class Trials:
         rows = slice(0, sample)
         self.x, self.y = split.pixels(rows), split.labels[rows]
         self.victim, self.threat, self.classes = oracle.victim, oracle.threat, oracle.num_classes
-        self.random = judging.draws > 1
+        self.random = judging.draws > 1 or oracle.randomized is True
         self._randomized = oracle.randomized
         self._judging, self._batch_size = judging, batch_size
         self.clean = self._ask(self.x, torch.arange(len(self.x)), self.threat, "clean").correct
@@ -73,7 +73,7 @@ class Trials:
 
     def batches(self, rows: Tensor) -> list[Tensor]:
         """Rows in the parts that are attacked together."""
-        return list(rows.split(self._batch_size)) if len(rows) else []
+        return list(torch.split(rows, self._batch_size)) if len(rows) else []
 
     def rows(self, rows: Tensor) -> tuple[Images, Labels]:
         """Some images and their labels."""

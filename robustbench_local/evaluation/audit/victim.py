@@ -176,7 +176,7 @@ class _Starts(NamedTuple):
 def _starting_gradients(victim: Model, x: Images, y: Labels) -> _Starts:
     attacked = zero = plain = 0
     with pristine(victim, seed=0), torch.enable_grad():
-        for rows in torch.arange(len(x)).split(_AT_ONCE):
+        for rows in torch.split(torch.arange(len(x), device=x.device), _AT_ONCE):
             part, labels = x[rows].detach().requires_grad_(), y[rows]
             logits = victim(part)
             right = logits.detach().argmax(1) == labels
