@@ -5,7 +5,6 @@ Sources: Carlini et al. 2019 (arXiv:1902.06705, sections 4 and 5), Croce and Hei
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from robustbench_local.attacks import Attack
 from robustbench_local.data import Split
@@ -72,12 +71,11 @@ def _check(name: str, case: Case) -> Check:
 
 
 def _not_converged(case: Case) -> Check:
-    factor, budget = case.config.factor, case.threat.query_budget
+    factor = case.config.factor
     attack = longer(case.attack, factor)
     if attack is None:
         return skipped("not_converged", "the attack has no steps, queries or restarts to raise")
-    threat = replace(case.threat, query_budget=None if budget is None else factor * budget)
-    more = case.trials.run("longer", attack, threat)
+    more = case.trials.run("longer", attack, case.threat)  # within the same query budget
     apart = shares_apart(case.base.correct, more)
     raised = case.differs(apart, case.config.points) or case.differs(-apart, case.config.points)
     measured = {
