@@ -21,6 +21,7 @@ from robustbench_local.evaluation.audit.variations import single_draw
 from robustbench_local.evaluation.evaluate import Judging
 from robustbench_local.gradients import pristine
 from robustbench_local.oracle import Oracle
+from robustbench_local.randomness import derive_seed
 from robustbench_local.types import Images, Logits, Model
 
 
@@ -62,25 +63,19 @@ def frozen_randomness(
 
     If it does worse, it lives on the randomness, and the victim without it is not understood
     (Carlini et al. 2019, arXiv:1902.06705, section 5). `fresh` (N, draws) is what became of the
-    same images, the first ones, under fresh draws.
+    same images, the first ones, under fresh draws. Every image has a draw of its own, so that no
+    lucky one decides about all.
     """
     name, sample = "frozen_randomness", min(config.frozen_images, len(fresh))
-    still = Frozen(oracle.victim, seed)
     x = split.pixels(slice(0, sample))
-    with pristine(still), torch.no_grad():
+    with pristine(oracle.victim), torch.no_grad():
+        still = Frozen(oracle.victim, seed)
         off = distance(still(x), still(x))
     if off > config.spread:
         return skipped(
             name, f"the draws cannot be held still: with equal seeds outputs differ by {off:.2g}"
         )
-    trials = Trials(
-        Oracle(still, oracle.threat, oracle.num_classes, randomized=True),
-        split,
-        judging=Judging(seed=seed),
-        batch_size=sample,
-        sample=sample,
-    )
-    held = trials.run("frozen", single_draw(attack), oracle.threat)
+    held = torch.cat([_held_still(oracle, attack, split, row, seed) for row in range(sample)])
     fresh = fresh[:sample]
     apart = shares_apart(held, fresh)  # above 0 where freezing made the attack weaker
     raised = is_more_than_chance(apart, config, random=True)
@@ -91,3 +86,21 @@ def frozen_randomness(
     )
     why += "; the attack should gain by it, so look for masked gradients" if raised else ""
     return found(name, raised, measured, why)
+
+
+def _held_still(oracle: Oracle, attack: Attack, split: Split, row: int, seed: int) -> Tensor:
+    """What becomes of one image, bool (1, 1)."""
+    rows = slice(row, row + 1)
+    trials = Trials(
+        Oracle(
+            Frozen(oracle.victim, derive_seed(seed, "frozen", row)),
+            oracle.threat,
+            oracle.num_classes,
+            randomized=True,
+        ),
+        Split(split.images[rows], split.labels[rows], split.indices[rows]),
+        judging=Judging(seed=seed),
+        batch_size=1,
+        sample=1,
+    )
+    return trials.run("frozen", single_draw(attack), oracle.threat)

@@ -137,8 +137,8 @@ def zero_gradient(victim: Model, x: Images, y: Labels, attack: Attack) -> Check:
     Looked at are the images that are right, since no others are attacked. The margin is the most
     forgiving loss: where its gradient is exactly zero, that of any loss is. Plain cross-entropy
     loses its own far earlier, when float32 cannot hold the other classes' probabilities (logits
-    about 104 apart); our attacks climb its log-odds form and do not notice, but attacks of other
-    libraries stand still.
+    about 90 to 104 apart); our attacks climb its log-odds form and do not notice, but attacks of
+    other libraries stand still.
     """
     name = "zero_gradient"
     if attack.needs != "gradients":

@@ -28,7 +28,7 @@ def watched(trials: Trials, attack: Attack, *, paths: bool) -> Watched:
 
     def face(x: Images, y: Labels, threat: ThreatModel) -> Watch:
         oracle = trials.oracle(threat)
-        watches.append(Watch.of(oracle, x, y, paths=paths))
+        watches.append(Watch.of(oracle, x, y, strays=attack.minimum_norm, paths=paths))
         return watches[-1]
 
     correct = trials.run("attack", attack, trials.threat, face=face)
