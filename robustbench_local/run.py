@@ -25,9 +25,10 @@ from robustbench_local.defenses.preprocess import RUN_TIME
 from robustbench_local.display import Display
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation import (
-    SAMPLE,
+    Audit,
     Judging,
-    audit,
+    audit_attack,
+    audit_victim,
     evaluate_curve,
     exact,
     is_random,
@@ -82,6 +83,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
         attack.require(point.threat)
     if defense.abstains and settings["awareness"] == "adaptive":
         attack.require_rejection()
+    auditing: Audit = build(config.audit)
     data_dir, cache, results = (
         Path(str(config.paths[key])).expanduser() for key in ("data", "cache", "results")
     )
@@ -102,10 +104,12 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
         trained = get_model(settings, defense, workshop)
         defense = defense.fit(replace(workshop, network=trained))
         victim = defense.apply(trained.model)
-        sample = min(SAMPLE, config.batch_size)
+        at_once = config.batch_size
         with exact():
             # Seen, not only declared: a network of the user's own may be random without saying so.
-            randomized = defense.randomized(victim) or is_random(victim, data, sample=sample)
+            randomized = defense.randomized(victim) or is_random(
+                victim, data, config=auditing, at_most=at_once
+            )
         threats = [point.threat for point in missing.values()]
         if settings["awareness"] == "oblivious":
             oracle = Oracle(trained.model, threats[0], data.num_classes)
@@ -132,7 +136,14 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
         if isinstance(attack, Transfer):
             attack = equip(attack, settings, data, trained, device, cache, display)
         with exact():
-            flags = audit(victim, data, eot_samples=attack.draws_averaged, sample=sample)
+            checks = audit_victim(
+                victim,
+                data,
+                attack,
+                config=auditing,
+                awareness=settings["awareness"],
+                at_most=at_once,
+            )
             attack = attack.fit(oracle, data.validation, threats[-1])
         preparation = {"forward": oracle.forward_passes, "backward": oracle.backward_passes}
         with display.evaluation(choices.chosen["attack"], len(data.test)) as progress:
@@ -152,7 +163,19 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
             bar = display.evaluation("certificate", looked_at, accuracy="certified")
             with bar as progress, exact():
                 certified = defense.certify(victim, data.test, seed=config.seed, progress=progress)
+        if auditing.level == "full":
+            display.say(f"audit: every check on {min(auditing.sample, len(data.test))} images")
         for (run_id, point), outcomes in zip(missing.items(), curve, strict=True):
+            tried = audit_attack(
+                oracle,
+                attack,
+                data.test,
+                point.threat,
+                config=auditing,
+                judging=judging,
+                batch_size=outcomes.batch_size,
+                sources={"the bare network": trained.model} if defense.faced else {},
+            )
             records[run_id] = make_record(
                 run_id=run_id,
                 settings=point.settings(settings),
@@ -168,7 +191,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
                 judge_draws=judging.draws,
                 certified=certified,
                 learned=defense.learned,
-                flags=flags,
+                checks=[*checks, *tried],
                 device=device,
             )
             store.add(records[run_id], outcomes.examples)

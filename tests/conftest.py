@@ -1,6 +1,5 @@
 """Victims whose answer is known, and one small network trained on real digits."""
 
-import copy
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -14,130 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustbench_local.data import MNIST, Dataset, load
+from robustbench_local.selftest.victims import (  # noqa: F401  # tests take them from here
+    LinearVictim,
+    LogSoftmax,
+    Masked,
+    NoisyInput,
+    NoisyLogits,
+    Raising,
+)
 
 # On networks this small two threads gain nothing, and where another process has the second core
 # they wait for each other: a training step then takes thirty times as long.
 torch.set_num_threads(1)
-
-
-class LinearVictim(nn.Module):
-    """logits = weight @ pixels + bias, in float64 so that rounding decides nothing.
-
-    `weight` is (K, C*H*W), `bias` (K,). The logits are `shift + scale * (...)`, returned in the
-    type of the images.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor, *, shift: float = 0, scale: float = 1) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.double())
-        self.bias = nn.Parameter(bias.double())
-        self.shift = shift
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = functional.linear(x.flatten(1).double(), self.weight, self.bias)
-        return (self.shift + self.scale * logits).to(x.dtype)
-
-
-class LogSoftmax(nn.Module):
-    """A victim that ends in log-softmax: never a positive output."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x).log_softmax(1)
-
-
-class NoisyInput(nn.Module):
-    """A victim that adds fresh normal noise to every image it sees, from torch's generator."""
-
-    def __init__(self, model: nn.Module, deviation: float) -> None:
-        super().__init__()
-        self.model = model
-        self.deviation = deviation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x + self.deviation * torch.randn_like(x))
-
-
-class NoisyLogits(nn.Module):
-    """A victim whose logits carry fresh normal noise: no gradient is wrong, every score is."""
-
-    def __init__(self, model: nn.Module, deviation: float) -> None:
-        super().__init__()
-        self.model = model
-        self.deviation = deviation
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = self.model(x)
-        return logits + self.deviation * torch.randn_like(logits)
-
-
-class Masked(nn.Module):
-    """A victim that sees `levels` grey values only: the input gradient is zero everywhere."""
-
-    def __init__(self, model: nn.Module, levels: int = 8) -> None:
-        super().__init__()
-        self.model = model
-        self.levels = levels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model((x * self.levels).round() / self.levels)
-
-
-class Double(nn.Module):
-    """The network in float64 inside: no sign of a gradient hangs on how a library sums up."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        # A copy: `digit_model` stays float32 for the other tests.
-        self.model = copy.deepcopy(model).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.double())
-
-
-class Recording(nn.Module):
-    """A victim that keeps every image it is shown."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(x.detach().clone())
-        return self.model(x)
-
-
-class Counting(nn.Module):
-    """A victim that counts the images it is asked about, itself."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.images = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.images += len(x)
-        return self.model(x)
-
-
-class Raising(nn.Module):
-    """A victim that breaks down on its `calls`-th call."""
-
-    def __init__(self, model: nn.Module, calls: int) -> None:
-        super().__init__()
-        self.model = model
-        self.left = calls
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.left -= 1
-        if self.left == 0:
-            raise RuntimeError("the victim broke down")
-        return self.model(x)
 
 
 def digit_cnn(width: int = 16, *, seed: int = 0) -> nn.Sequential:

@@ -1,6 +1,12 @@
 """Judge, audit: what turns the output of an attack into a number that can be believed."""
 
-from robustbench_local.evaluation.audit import SAMPLE, Flag, audit, is_random
+from robustbench_local.evaluation.audit import (
+    Audit,
+    Check,
+    audit_attack,
+    audit_victim,
+    is_random,
+)
 from robustbench_local.evaluation.eot import Averaging, Samples, raise_samples
 from robustbench_local.evaluation.evaluate import (
     Judging,
@@ -12,15 +18,16 @@ from robustbench_local.evaluation.evaluate import (
 from robustbench_local.evaluation.judge import Verdict, exact, judge
 
 __all__ = [
-    "SAMPLE",
+    "Audit",
     "Averaging",
-    "Flag",
+    "Check",
     "Judging",
     "Outcomes",
     "PerExample",
     "Samples",
     "Verdict",
-    "audit",
+    "audit_attack",
+    "audit_victim",
     "evaluate",
     "evaluate_curve",
     "exact",

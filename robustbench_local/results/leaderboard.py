@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from robustbench_local.evaluation.audit import OF_THE_ATTACK
 from robustbench_local.files import atomic_path, remove_leftovers
 from robustbench_local.results.statistics import Interval, wilson
 from robustbench_local.results.store import Record, Store
@@ -81,12 +82,11 @@ def _line(store: Store, records: list[Record]) -> dict[str, object]:
     line |= {"n": first["n"], "comparability": first["comparability"]}
     line["seeds"] = " ".join(map(str, sorted(counted)))
     line["run_ids"] = " ".join(sorted(record["run_id"] for record in used))
-    flags = {flag["name"]: flag["severe"] for record in used for flag in record["flags"]}
-    line["flags"] = " ".join(sorted(flags))
+    severe = {flag["name"] for record in used for flag in record["flags"] if flag["severe"]}
+    names = {flag["name"] for record in used for flag in record["flags"]}
+    line["flags"] = " ".join(sorted(names))
     ranking = [record for record in used if record["labels"]["attack"] in RANKING_ATTACKS]
-    # A flag of one attack's, that it used a single draw, is answered by another that used many.
-    answered = {"randomized"} if any(_averages(record) for record in ranking) else set()
-    withheld = any(severe for name, severe in flags.items() if name not in answered)
+    withheld = any(not _answers(ranking, name) for name in severe)
     line["status"] = _status(ranking=bool(ranking), complete=bool(complete), withheld=withheld)
 
     def put(measure: str, value: float) -> None:
@@ -103,8 +103,11 @@ def _line(store: Store, records: list[Record]) -> dict[str, object]:
     return line
 
 
-def _averages(record: Record) -> bool:
-    return not any(flag["name"] == "randomized" for flag in record["flags"])
+def _answers(ranking: Sequence[Record], name: str) -> bool:
+    """Whether a doubt is about one attack, and another that ranks the row does not have it."""
+    return name in OF_THE_ATTACK and any(
+        all(flag["name"] != name for flag in record["flags"]) for record in ranking
+    )
 
 
 def _status(*, ranking: bool, complete: bool, withheld: bool) -> str:

@@ -1,6 +1,6 @@
 """What a record says: who it is, what was measured, and everything that decided it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from robustbench_local.data import Dataset
-from robustbench_local.evaluation.audit import Flag
+from robustbench_local.evaluation.audit import Check, flags
 from robustbench_local.evaluation.evaluate import Outcomes, PerExample
 from robustbench_local.evaluation.judge import VERSION as JUDGE_VERSION
 from robustbench_local.identity import (
@@ -107,7 +107,7 @@ def make_record(
     judge_draws: int,
     certified: Mapping[str, Any] | None,
     learned: Mapping[str, Any],
-    flags: list[Flag],
+    checks: Sequence[Check],
     device: torch.device,
 ) -> Record:
     """Everything about one finished run, as JSON holds it."""
@@ -156,7 +156,8 @@ def make_record(
             "judge": outcomes.judge_seconds,
         },
         "batch_size": outcomes.batch_size,
-        "flags": [asdict(flag) for flag in flags],
+        "flags": [asdict(check) for check in flags(checks)],
+        "audit": {"level": settings["audit"]["level"], "checks": [asdict(c) for c in checks]},
         "dataset": {
             "name": data.name,
             "source": data.source,
