@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 _CODE = (
     "attacks", "data", "defenses", "evaluation", "models", "training",
-    "gradients.py", "oracle.py", "randomness.py", "rejection.py", "run.py", "sources.py",
-    "spatial.py", "threat.py",
+    "building.py", "gradients.py", "networks.py", "oracle.py", "randomness.py", "rejection.py",
+    "run.py", "sources.py", "spatial.py", "threat.py",
 )  # fmt: skip
 
 

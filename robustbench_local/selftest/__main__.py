@@ -75,7 +75,7 @@ def _try(config: "DictConfig") -> int:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from robustbench_local.run import build, build_attack
+    from robustbench_local.building import build, build_attack
     from robustbench_local.selftest.run import selftest
 
     settings: dict[str, object] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]

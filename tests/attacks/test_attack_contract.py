@@ -88,7 +88,7 @@ def build(choice: str, seed: int = 0) -> Attack:
     if "models" in config:  # in float64, see `Network`
         config.models = [{"_target_": f"{__name__}.Substituted", "_partial_": True}]
     config.update(QUICK.get(choice, {}))
-    return hydra.utils.instantiate(config, _convert_="object")  # as `run.build` does
+    return hydra.utils.instantiate(config, _convert_="object")  # as `building.build` does
 
 
 class Network(nn.Module):

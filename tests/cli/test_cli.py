@@ -372,9 +372,15 @@ def test_a_random_model_is_judged_on_several_draws_without_saying_so(cli):
     Path("noisy.py").write_text(
         NET.replace("self.linear(x.flatten(1))", "self.linear(x.flatten(1) + torch.randn(784))")
     )
-    assert cli("+experiment=smoke", "model=custom", "model._target_=noisy.Net").code == 0
+    words = ("+experiment=smoke", "model=custom", "model._target_=noisy.Net", "attack.steps=5")
+    assert cli(*words).code == 0
     ((run_id, record),) = records().items()
-    assert "randomized" in [flag["name"] for flag in record["flags"]]
+    # Nothing declares the noise: the attack averages what a random part declares by default.
+    assert record["eot"]["samples"] == 20 and record["judge_draws"] == 10
+    assert "randomized" not in [flag["name"] for flag in record["flags"]]
+    assert cli(*words, "attack.eot_samples=1").code == 0
+    single = next(other for name, other in records().items() if name != run_id)
+    assert "randomized" in [flag["name"] for flag in single["flags"]]
     correct = np.load(f"results/records/{run_id}.npz")["clean_correct"]
     assert len(set(correct) - {0.0, 1.0}) > 0
 

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from robustbench_local.__main__ import CONF, lifted
 from robustbench_local.attacks import Attack
+from robustbench_local.building import build, build_attack
 from robustbench_local.data import Source
 from robustbench_local.defenses import Defense
-from robustbench_local.run import build, build_attack
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training import Schedule
 

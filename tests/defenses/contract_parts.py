@@ -14,10 +14,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from robustbench_local.building import build_defense
 from robustbench_local.data import Dataset, Split
 from robustbench_local.defenses import Defense, Preprocess
 from robustbench_local.gradients import is_randomized
-from robustbench_local.run import build_defense
 from robustbench_local.training import Schedule, Trained, Workshop
 
 CONF = Path(__file__).parents[2] / "conf"

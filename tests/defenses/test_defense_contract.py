@@ -29,11 +29,11 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from robustbench_local.building import build_defense
 from robustbench_local.defenses import Defense, check_defense, declared_samples
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import input_gradient
 from robustbench_local.randomness import reseed
-from robustbench_local.run import build_defense
 
 OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
     "adversarial_training": {"epsilon_ramp": [-0.1, 1.5], "threat.epsilon": [-0.1]},

@@ -26,10 +26,10 @@ from contract_parts import (
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from robustbench_local.building import build_defense
 from robustbench_local.defenses import Defense, Preprocess, check_defense
 from robustbench_local.errors import UserError
 from robustbench_local.randomness import reseed
-from robustbench_local.run import build_defense
 
 ORDERED = list(permutations(WRAPS, 2))
 TRAINED = list(product([*RECIPES, *REGULARIZERS], WRAPS))

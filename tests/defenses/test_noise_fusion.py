@@ -14,13 +14,14 @@ from scipy import stats
 from torch import nn
 
 from robustbench_local.attacks import PGD
+from robustbench_local.building import build
 from robustbench_local.defenses import Defense, NoiseFusion, Standard, averaged
 from robustbench_local.defenses.averaged import Averaged
 from robustbench_local.defenses.defense import declared_samples
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import input_gradient, is_randomized
+from robustbench_local.networks import describe_part
 from robustbench_local.randomness import reseed
-from robustbench_local.run import build, describe_part
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training import Schedule, fit
 

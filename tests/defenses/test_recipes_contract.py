@@ -11,6 +11,7 @@ from contract_parts import CONF, RECIPES, settings
 from hydra import compose, initialize_config_dir
 from torch import nn
 
+from robustbench_local.building import build_defense
 from robustbench_local.data import Dataset, Split
 from robustbench_local.defenses import (
     AdversarialRecipe,
@@ -21,7 +22,6 @@ from robustbench_local.defenses import (
 )
 from robustbench_local.errors import UserError
 from robustbench_local.identity import class_version
-from robustbench_local.run import build_defense
 from robustbench_local.training import Schedule, Workshop, weights_key
 from robustbench_local.training.identity import describe
 

@@ -8,8 +8,8 @@ from conftest import accuracy, digit_cnn, plain_pgd
 from contract_parts import CONF
 from hydra import compose, initialize_config_dir
 
+from robustbench_local.building import build_defense
 from robustbench_local.defenses import AugmentedTraining, Defense, Mixing, Recipe, Standard
-from robustbench_local.run import build_defense
 from robustbench_local.training import Schedule, Trained, Workshop
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,135 @@
+"""From a configuration to what it names: devices, threat models, attacks, defenses."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from robustbench_local.attacks import Attack
+from robustbench_local.attacks.samples import with_samples
+from robustbench_local.defenses import Defense
+from robustbench_local.display import Display
+from robustbench_local.errors import UserError
+from robustbench_local.threat import ThreatModel, parse_epsilon
+
+
+@dataclass(frozen=True)
+class Point:
+    """One epsilon of a run."""
+
+    threat: ThreatModel
+
+    def settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration of this epsilon alone, so that its record is that of a single run.
+
+        However it was written: 8/255 and its value are the same run.
+        """
+        return {**settings, "threat": {**settings["threat"], "epsilon": self.threat.epsilon}}
+
+
+def epsilons(settings: Mapping[str, Any]) -> list[float]:
+    """The radii of `threat.epsilon`, one or a list. Raises `UserError` for an empty list."""
+    given = settings["threat"]["epsilon"]
+    values = given if isinstance(given, list) else [given]
+    if not values:
+        raise UserError(
+            "threat.epsilon=[] holds no radius; type for example threat.epsilon=[0.1,0.2,0.3]"
+        )
+    return sorted(set(map(parse_epsilon, values)))
+
+
+def build_threat(config: DictConfig, epsilon: float) -> ThreatModel:
+    """The threat model at one radius."""
+    threat: ThreatModel = build(OmegaConf.merge(config, {"threat": {"epsilon": epsilon}}).threat)
+    return threat
+
+
+def build_attack(settings: Mapping[str, Any], samples: int) -> Attack:
+    """The attack of resolved settings, averaging so many draws where `eot_samples` is null."""
+    node = OmegaConf.create({"attack": with_samples(settings["attack"], samples)})
+    attack: Attack = build(node.attack)
+    return attack
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise `UserError` where a key beside the groups holds the wrong kind of value."""
+    for key, least in (("seed", 0), ("batch_size", 1), ("judge_draws", 1)):
+        value = settings[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(
+                f"{key}={value} is not a whole number from {least}; type for example "
+                f"{key}={max(least, 10)}"
+            )
+    if settings["awareness"] not in ("adaptive", "oblivious"):
+        raise UserError(
+            f"awareness={settings['awareness']} is unknown; expected adaptive (the attack faces "
+            "the defense) or oblivious (it ignores what is in front of the network)"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU where there is one. Raises `UserError` for one that is not there."""
+    found = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if found else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < found):
+        return device
+    raise UserError(
+        f"device={name} is not there; expected auto, cpu or one of {found} CUDA devices: type "
+        "device=auto"
+    )
+
+
+def build(node: DictConfig) -> Any:
+    """Instantiate a group of the configuration; its errors are told as the user's own."""
+    try:
+        return instantiate(node, _convert_="object")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError | TypeError):
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", str(cause))
+        if unknown is None:
+            raise
+        group = node._get_full_key(None)
+        raise UserError(
+            f"{group}.{unknown[2]} is not a key of {unknown[1]}; expected one of "
+            f"{', '.join(key for key in map(str, node) if key not in ('_target_', unknown[2]))}: "
+            f"type {group}.KEY=VALUE"
+        ) from None
+
+
+def build_defense(node: DictConfig) -> Defense:
+    """All its parts; anything else in the group is a `UserError`."""
+    parts = ("recipe", "wrap", "regularize")
+    unknown = sorted(set(map(str, node)) - set(parts))
+    if unknown:
+        raise UserError(
+            f"defense.{unknown[0]} is not a key of a defense; expected recipe, wrap and "
+            "regularize: type +defense.recipe.NAME, +defense.wrap.NAME or +defense.regularize.NAME"
+        )
+    return Defense(**{part: build(node[part]) for part in parts})
+
+
+def ignore_defense(settings: dict[str, Any], defense: Defense, display: Display) -> None:
+    """Set up an attack that does not know the defense, in place; adaptive where that is no less."""
+    if not defense.faced:
+        settings["awareness"] = "adaptive"
+        display.say(
+            f"awareness=oblivious is the same as adaptive: defense {defense.name} puts nothing in "
+            "front of the network that an attack could ignore"
+        )
+    elif "early_stop" in settings["attack"]:
+        # The first point that breaks the bare network says little about what is in front of it.
+        settings["attack"]["early_stop"] = False
