@@ -193,7 +193,8 @@ class Shaking(Preprocess):
 
     def transform(self, x):
         noise = torch.randn(x.shape, generator=self.generator(x.device))
-        return x + (0.1 if self.cheats and torch.is_grad_enabled() else 0.3) * noise
+        size = 0.1 if self.cheats and torch.is_grad_enabled() else 0.3
+        return (x + size * noise).clamp(0, 1)
 
 
 def test_a_switch_of_a_random_victim_is_told_from_chance():
