@@ -14,6 +14,8 @@ from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Images, Labels
 
 GREY, COLOUR = (1, 8, 8), (3, 8, 8)
+_RIDGES = 12
+
 DRAWS = 20
 """Looks of the judge at a random victim, and draws an attack averages of it."""
 
@@ -143,19 +145,28 @@ def _noisy(case: Case, attack: Attack, threat: ThreatModel) -> Case:
 
 
 def _ridge(threat: ThreatModel) -> Case:
-    """Class 0 everywhere but on a ridge that lies about half the budget away from each image."""
+    """Class 0 but on a narrow ridge, 15% to 85% of the budget away from the images.
+
+    The distances are so near to each other that whatever the gait of an attack, it steps on some
+    of the ridges on its way and across others.
+    """
     victim = linear_victim(GREY, 2)
     direction = (victim.weight[1] - victim.weight[0]).detach()
     generator = torch.Generator().manual_seed(1)
-    x = 0.3 + 0.4 * torch.rand(10, *GREY, generator=generator)
+    x = 0.3 + 0.4 * torch.rand(_RIDGES, *GREY, generator=generator)
+    y = torch.zeros(_RIDGES, dtype=torch.int64)
     flat = LinearVictim(torch.stack([torch.zeros_like(direction), direction]), torch.zeros(2))
-    y = torch.zeros(10, dtype=torch.int64)
     rise = (worst_case(flat, x, y, threat).point - x).flatten(1).double() @ direction
     height = float((x.flatten(1).double() @ direction + 0.5 * rise).mean())
-    # Brought to the same distance, each a little different, so that every gait meets some badly.
-    wanted = height - torch.linspace(0.4, 0.7, 10, dtype=torch.float64) * rise
-    excess = (x.flatten(1).double() @ direction - wanted) / direction.square().sum()
-    x = (x - (excess[:, None] * direction).view_as(x).float()).clamp(0, 1)
-    ridge = Ridge(direction, height, 0.03 * float(rise.mean()))
-    needed = torch.full((10,), 0.7, dtype=torch.float64)
-    return Case(name="a narrow ridge", victim=ridge, classes=2, x=x, y=y, needed=needed, path=True)
+    away = torch.linspace(0.15, 0.85, _RIDGES, dtype=torch.float64)
+    excess = x.flatten(1).double() @ direction - (height - away * rise)
+    x = x - ((excess / direction.square().sum())[:, None] * direction).view_as(x).float()
+    return Case(
+        name="a narrow ridge",
+        victim=Ridge(direction, height, 0.5 * float(rise.mean()) * 0.7 / (_RIDGES - 1) + 1e-6),
+        classes=2,
+        x=x.clamp(0, 1),
+        y=y,
+        needed=away,
+        path=True,
+    )
