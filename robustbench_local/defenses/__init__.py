@@ -40,7 +40,7 @@ from robustbench_local.defenses.non_local_means import NonLocalMeans
 from robustbench_local.defenses.preprocess import Preprocess
 from robustbench_local.defenses.quantize import BitDepth, Quantize
 from robustbench_local.defenses.randomized_smoothing import RandomizedSmoothing
-from robustbench_local.defenses.recipe import Criterion, Objective, Recipe, Standard
+from robustbench_local.defenses.recipe import Objective, Recipe, Standard
 from robustbench_local.defenses.resize_pad import ResizePad
 from robustbench_local.defenses.rse import RSE
 from robustbench_local.defenses.sap import SAP
@@ -48,6 +48,7 @@ from robustbench_local.defenses.temperature import Temperature
 from robustbench_local.defenses.total_variation import TotalVariation
 from robustbench_local.defenses.trades import DivergenceAscent, Trades
 from robustbench_local.defenses.trial import check_defense
+from robustbench_local.training.step import Criterion, Step
 
 __all__ = [
     "AWP",
@@ -92,6 +93,7 @@ __all__ = [
     "ResizePad",
     "Scorer",
     "Standard",
+    "Step",
     "Temperature",
     "TotalVariation",
     "Trades",

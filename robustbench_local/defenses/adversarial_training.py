@@ -7,10 +7,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from robustbench_local.attacks import PGD, Attack
-from robustbench_local.defenses.recipe import Criterion, Objective, Recipe
+from robustbench_local.defenses.recipe import Objective, Recipe
 from robustbench_local.defenses.settings import read_number
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
+from robustbench_local.training.step import Criterion, Step
 from robustbench_local.types import Images, Labels, Logits, Model
 
 
@@ -57,38 +58,17 @@ class AdversarialRecipe(Recipe):
         logits: Logits = model(x_adv)
         return criterion(logits, y), logits
 
-    def loss(
-        self,
-        model: Model,
-        x: Images,
-        y: Labels,
-        *,
-        criterion: Criterion,
-        progress: float,
-        step: int,
-        seed: int,
-    ) -> tuple[Tensor, Logits]:
+    def loss(self, model: Model, step: Step) -> tuple[Tensor, Logits]:
         """See `Recipe.loss`."""
-        return self.objective(
-            model, x, y, criterion=criterion, progress=progress, step=step, seed=seed
-        )(model)
+        return self.objective(model, step)(model)
 
-    def objective(
-        self,
-        model: Model,
-        x: Images,
-        y: Labels,
-        *,
-        criterion: Criterion,
-        progress: float,
-        step: int,
-        seed: int,
-    ) -> Objective:
+    def objective(self, model: Model, step: Step) -> Objective:
         """See `Recipe.objective`."""
-        share = 1.0 if self.settled(progress) else progress / self.epsilon_ramp
+        share = 1.0 if self.settled(step.progress) else step.progress / self.epsilon_ramp
         threat = replace(self.threat, epsilon=self.threat.epsilon * share)
-        x_adv = self.craft(model, x, y, threat, derive_seed(seed, step))
-        return lambda network: self.risk(network, x, x_adv, y, criterion)
+        x, y = step.x, step.y
+        x_adv = self.craft(model, x, y, threat, derive_seed(step.seed, step.number))
+        return lambda network: self.risk(network, x, x_adv, y, step.criterion)
 
     def validation_attack(self) -> tuple[Attack, ThreatModel]:
         """See `Recipe.validation_attack`."""

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from robustbench_local.defenses.mixing import Mixing
-from robustbench_local.defenses.recipe import Criterion, Recipe
+from robustbench_local.defenses.recipe import Recipe
 from robustbench_local.defenses.settings import read_number
 from robustbench_local.errors import UserError
 from robustbench_local.randomness import derive_seed
-from robustbench_local.types import Images, Labels, Logits, Model
+from robustbench_local.training.step import Step
+from robustbench_local.types import Images, Logits, Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +56,11 @@ class AugmentedTraining(Recipe):
                 "are; expected one of them: type defense.recipe.augmentation.noise=0.1"
             )
 
-    def loss(
-        self,
-        model: Model,
-        x: Images,
-        y: Labels,
-        *,
-        criterion: Criterion,
-        progress: float,
-        step: int,
-        seed: int,
-    ) -> tuple[Tensor, Logits]:
+    def loss(self, model: Model, step: Step) -> tuple[Tensor, Logits]:
         """See `Recipe.loss`."""
+        x, y, criterion = step.x, step.y, step.criterion
         generator = torch.Generator(x.device)
-        generator.manual_seed(derive_seed(seed, "augmentation", step))
+        generator.manual_seed(derive_seed(step.seed, "augmentation", step.number))
         if self.consistency == 0:
             logits: Logits = model(self.augment(x, generator))
             return criterion(logits, y), logits

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from robustbench_local.attacks import Attack
-from robustbench_local.defenses.recipe import Criterion, Recipe
+from robustbench_local.defenses.recipe import Recipe
 from robustbench_local.defenses.settings import read_number
 from robustbench_local.threat import ThreatModel
-from robustbench_local.types import Images, Labels, Logits, Model
+from robustbench_local.training.step import Step
+from robustbench_local.types import Images, Logits, Model
 
 if TYPE_CHECKING:
     from robustbench_local.training.workshop import Workshop
@@ -75,21 +76,9 @@ class WeightPerturbed(Recipe):
         """See `Recipe.begin`."""
         return replace(self, recipe=self.recipe.begin())
 
-    def loss(
-        self,
-        model: Model,
-        x: Images,
-        y: Labels,
-        *,
-        criterion: Criterion,
-        progress: float,
-        step: int,
-        seed: int,
-    ) -> tuple[Tensor, Logits]:
+    def loss(self, model: Model, step: Step) -> tuple[Tensor, Logits]:
         """See `Recipe.loss`."""
-        objective = self.recipe.objective(
-            model, x, y, criterion=criterion, progress=progress, step=step, seed=seed
-        )
+        objective = self.recipe.objective(model, step)
         loss, _ = objective(model)
         return objective(Perturbed(model, worst_offset(model, loss, self.gamma)))
 

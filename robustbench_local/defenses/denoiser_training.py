@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
 from robustbench_local.attacks import Attack
-from robustbench_local.defenses.recipe import Criterion, Recipe
+from robustbench_local.defenses.recipe import Recipe
 from robustbench_local.defenses.settings import read_number
 from robustbench_local.errors import UserError
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
+from robustbench_local.training.step import Step
 from robustbench_local.types import Access, Images, Labels, Logits, Model
 
 KEY = "defense.wrap.denoiser"
@@ -120,20 +121,11 @@ class Denoising(Recipe):
         assert self.classifier is not None, "call on(classifier) first"
         return self.classifier
 
-    def loss(
-        self,
-        model: Model,
-        x: Images,
-        y: Labels,
-        *,
-        criterion: Criterion,
-        progress: float,
-        step: int,
-        seed: int,
-    ) -> tuple[Tensor, Logits]:
+    def loss(self, model: Model, step: Step) -> tuple[Tensor, Logits]:
         """See `Recipe.loss`; `model` is a `Behind`."""
         assert isinstance(model, Behind)
-        cleaned = model.denoiser(self.perturb(x, y, derive_seed(seed, "denoiser", step)))
+        x, seed = step.x, derive_seed(step.seed, "denoiser", step.number)
+        cleaned = model.denoiser(self.perturb(x, step.y, seed))
         # Pixels as they come, since behind the clipping those outside the box have no gradient.
         loss = self.pixel_weight * l1_loss(cleaned, x)
         logits, features = self._look(cleaned.clamp(0, 1))

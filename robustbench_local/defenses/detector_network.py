@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from robustbench_local.attacks import Attack
 from robustbench_local.data import Dataset, Split
 from robustbench_local.defenses.detection import Detector, Scorer
-from robustbench_local.defenses.recipe import Criterion, Recipe
+from robustbench_local.defenses.recipe import Recipe
 from robustbench_local.defenses.settings import require_count
 from robustbench_local.errors import UserError
 from robustbench_local.identity import class_version
 from robustbench_local.models import Normalized, pixel_statistics
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
-from robustbench_local.types import Images, Labels, Logits, Model
+from robustbench_local.training.step import Step
+from robustbench_local.types import Images, Logits, Model
 
 if TYPE_CHECKING:
     from robustbench_local.training.workshop import Workshop
@@ -169,24 +170,14 @@ class TellApart(Recipe):
             found.append((attack(self.victim, part, y, self.threat) * 255).round())
         return torch.cat(found) / torch.full((), 255.0, device=x.device)  # as `Split.pixels`
 
-    def loss(
-        self,
-        model: Model,
-        x: Images,
-        y: Labels,
-        *,
-        criterion: Criterion,
-        progress: float,
-        step: int,
-        seed: int,
-    ) -> tuple[Tensor, Logits]:
+    def loss(self, model: Model, step: Step) -> tuple[Tensor, Logits]:
         """See `Recipe.loss`."""
-        chosen = y == 1
+        x, chosen = step.x, step.y == 1
         if chosen.any():
             x = x.clone()
-            x[chosen] = self.attacked(x[chosen], seed=derive_seed(seed, step))
+            x[chosen] = self.attacked(x[chosen], seed=derive_seed(step.seed, step.number))
         logits: Logits = model(x)
-        return criterion(logits, y), logits
+        return step.criterion(logits, step.y), logits
 
 
 def _halves(clean: Tensor, attacked: Tensor, indices: Tensor) -> Split:

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustbench_local.defenses.recipe import Criterion, Recipe
+from robustbench_local.defenses.recipe import Recipe
 from robustbench_local.defenses.settings import read_number
-from robustbench_local.types import Images, Labels, Logits, Model
+from robustbench_local.training.step import Step
+from robustbench_local.types import Logits, Model
 
 if TYPE_CHECKING:
     from robustbench_local.training.workshop import Workshop
@@ -37,20 +38,10 @@ class Heated(Recipe):
         )
         object.__setattr__(self, "temperature", temperature)
 
-    def loss(
-        self,
-        model: Model,
-        x: Images,
-        y: Labels,
-        *,
-        criterion: Criterion,
-        progress: float,
-        step: int,
-        seed: int,
-    ) -> tuple[Tensor, Logits]:
+    def loss(self, model: Model, step: Step) -> tuple[Tensor, Logits]:
         """See `Recipe.loss`."""
-        logits: Logits = model(x)
-        return self.temperature * criterion(logits / self.temperature, y), logits
+        logits: Logits = model(step.x)
+        return self.temperature * step.criterion(logits / self.temperature, step.y), logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +62,11 @@ class Distillation(Heated):
         taught = workshop.classifier(Heated(temperature=self.temperature))
         return replace(self, teacher=(taught.model.requires_grad_(False),))
 
-    def loss(
-        self,
-        model: Model,
-        x: Images,
-        y: Labels,
-        *,
-        criterion: Criterion,
-        progress: float,
-        step: int,
-        seed: int,
-    ) -> tuple[Tensor, Logits]:
-        """Cross-entropy with what the teacher says; `y` and label smoothing play no part."""
+    def loss(self, model: Model, step: Step) -> tuple[Tensor, Logits]:
+        """Cross-entropy with what the teacher says; labels and label smoothing play no part."""
         if not self.teacher:
             raise RuntimeError("no teacher yet; expected prepare(workshop) before training")
         with torch.no_grad():
-            said = (self.teacher[0](x) / self.temperature).softmax(1)
-        logits: Logits = model(x)
+            said = (self.teacher[0](step.x) / self.temperature).softmax(1)
+        logits: Logits = model(step.x)
         return self.temperature * F.cross_entropy(logits / self.temperature, said), logits

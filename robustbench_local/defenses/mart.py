@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_local.defenses.adversarial_training import AdversarialTraining
-from robustbench_local.defenses.recipe import Criterion
 from robustbench_local.defenses.settings import read_number
+from robustbench_local.training.step import Criterion
 from robustbench_local.types import Images, Labels, Logits, Model
 
 

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
 from torch import Tensor
 
-from robustbench_local.types import Images, Labels, Logits, Model
+from robustbench_local.training.step import Step
+from robustbench_local.types import Logits, Model
 
 if TYPE_CHECKING:
     from robustbench_local.attacks import Attack
     from robustbench_local.threat import ThreatModel
     from robustbench_local.training.workshop import Workshop
-
-Criterion: TypeAlias = Callable[[Logits, Labels], Tensor]
-"""Mean loss of a batch, a scalar: cross-entropy with the schedule's label smoothing."""
 
 Objective: TypeAlias = Callable[[Model], tuple[Tensor, Logits]]
 """The loss of one training step and its logits, as a function of the network alone."""
@@ -49,46 +47,20 @@ class Recipe(ABC):
         return 1
 
     @abstractmethod
-    def loss(
-        self,
-        model: Model,
-        x: Images,
-        y: Labels,
-        *,
-        criterion: Criterion,
-        progress: float,
-        step: int,
-        seed: int,
-    ) -> tuple[Tensor, Logits]:
+    def loss(self, model: Model, step: Step) -> tuple[Tensor, Logits]:
         """The scalar training loss, and the logits the training accuracy is counted on.
 
-        `model` is in train mode, `progress` the share of the training that is over, in [0, 1), and
-        `step` the number of the step. Every draw must derive from `seed` and `step`, so that a
-        training that was killed goes on as if nothing had happened.
+        `model` is in train mode. Every draw must derive from the seed and the number of the step,
+        so that a training that was killed goes on as if nothing had happened.
         """
 
-    def objective(
-        self,
-        model: Model,
-        x: Images,
-        y: Labels,
-        *,
-        criterion: Criterion,
-        progress: float,
-        step: int,
-        seed: int,
-    ) -> Objective:
+    def objective(self, model: Model, step: Step) -> Objective:
         """`loss` for whoever needs it more than once in a step, at `model` and near it.
 
         A recipe that looks for perturbed images does so here, once.
         """
 
-        def again(network: Model) -> tuple[Tensor, Logits]:
-            return self.loss(
-                network, x, y, criterion=criterion, progress=progress, step=step, seed=seed
-            )
-
-        return again
+        return lambda network: self.loss(network, step)
 
     def validation_attack(self) -> "tuple[Attack, ThreatModel] | None":
         """What the robust validation accuracy is measured with; None where there is none."""
@@ -105,17 +77,7 @@ class Standard(Recipe):
 
     adversarial: ClassVar[bool] = False
 
-    def loss(
-        self,
-        model: Model,
-        x: Images,
-        y: Labels,
-        *,
-        criterion: Criterion,
-        progress: float,
-        step: int,
-        seed: int,
-    ) -> tuple[Tensor, Logits]:
+    def loss(self, model: Model, step: Step) -> tuple[Tensor, Logits]:
         """See `Recipe.loss`."""
-        logits: Logits = model(x)
-        return criterion(logits, y), logits
+        logits: Logits = model(step.x)
+        return step.criterion(logits, step.y), logits

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from robustbench_local.attacks import Attack
 from robustbench_local.defenses.adversarial_training import AdversarialTraining
-from robustbench_local.defenses.recipe import Criterion
 from robustbench_local.defenses.settings import read_number, require_count
 from robustbench_local.gradients import input_gradient
 from robustbench_local.randomness import Draws, derive_seed
 from robustbench_local.threat import ThreatModel
+from robustbench_local.training.step import Criterion
 from robustbench_local.types import Access, Images, Labels, Logits, Model, Norm
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _CODE = (
     "data/dataset.py", "gradients.py", "models/build.py", "models/normalize.py", "randomness.py",
     "training/augmentation.py", "training/averaging.py", "training/course.py", "training/fit.py",
-    "training/loop.py", "training/schedule.py", "training/validation.py",
+    "training/loop.py", "training/schedule.py", "training/step.py", "training/validation.py",
 )  # fmt: skip
 _ADVERSARIAL_CODE = ("attacks/base.py", "threat.py")
 

@@ -21,6 +21,7 @@ from robustbench_local.training.augmentation import augment
 from robustbench_local.training.course import Course, Training
 from robustbench_local.training.progress import Report, epoch_bar
 from robustbench_local.training.schedule import Plan, Schedule
+from robustbench_local.training.step import Step
 from robustbench_local.training.validation import correct_images, robust_accuracy
 from robustbench_local.types import Model
 
@@ -117,9 +118,8 @@ def _one_epoch(
             group["lr"] = schedule.rate(progress)
         optimizer.zero_grad(set_to_none=True)
         with training.precision():
-            loss, logits = recipe.loss(
-                seen, x, y, criterion=criterion, progress=progress, step=step, seed=seed
-            )
+            now = Step(x, y, criterion, progress, step, seed)
+            loss, logits = recipe.loss(seen, now)
         training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         training.scaler.step(optimizer)
         training.scaler.update()

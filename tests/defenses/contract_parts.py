@@ -1,11 +1,13 @@
 """The defenses of conf/defense, ready to be tested, and a small network; no test itself."""
 
+import atexit
 import random
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,9 @@ from robustbench_local.training import Schedule, Trained, Workshop
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(path.stem for path in (CONF / "defense").glob("*.yaml"))
 CLASSES = 4
-CACHE = TemporaryDirectory(prefix="contract-")
+CACHE = Path(tempfile.mkdtemp(prefix="contract-"))
 """For parts that train through the cache by themselves; gone when the session ends."""
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
 def having(part: str) -> list[str]:
@@ -96,7 +99,7 @@ def workshop(channels: int) -> Apprentice:
     return Apprentice(
         data=data,
         device=torch.device("cpu"),
-        cache=Path(CACHE.name),
+        cache=CACHE,
         seed=0,
         schedule=Schedule(epochs=1, batch_size=8, learning_rate=0.01),
         build=lambda: Network(channels),

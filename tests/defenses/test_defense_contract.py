@@ -34,6 +34,7 @@ from robustbench_local.defenses import Defense, check_defense, declared_samples
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import input_gradient
 from robustbench_local.randomness import reseed
+from robustbench_local.training.step import Step
 
 OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
     "adversarial_training": {"epsilon_ramp": [-0.1, 1.5], "threat.epsilon": [-0.1]},
@@ -338,7 +339,7 @@ def test_a_recipe_trains_from_its_seed_alone(choice: str) -> None:
     def step(seed: int) -> tuple[Tensor, Tensor]:
         network = Network(1).train()
         loss, logits = recipe.begin().loss(  # an epoch anew
-            network, x, y, criterion=cross_entropy, progress=0.9, step=3, seed=seed
+            network, Step(x, y, criterion=cross_entropy, progress=0.9, number=3, seed=seed)
         )
         assert logits.shape == (8, CLASSES)
         loss.backward()

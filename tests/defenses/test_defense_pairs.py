@@ -30,6 +30,7 @@ from robustbench_local.building import build_defense
 from robustbench_local.defenses import Defense, Preprocess, check_defense
 from robustbench_local.errors import UserError
 from robustbench_local.randomness import reseed
+from robustbench_local.training.step import Step
 
 ORDERED = list(permutations(WRAPS, 2))
 TRAINED = list(product([*RECIPES, *REGULARIZERS], WRAPS))
@@ -145,7 +146,9 @@ def test_a_recipe_trains_the_network_behind_a_wrap(training: str, wrap: str) -> 
         seen = defense.through(network).train()
         reseed(seen, 1)
         begun = recipe.begin()  # an epoch anew
-        loss, _ = begun.loss(seen, x, y, criterion=cross_entropy, progress=0.9, step=3, seed=1)
+        loss, _ = begun.loss(
+            seen, Step(x, y, criterion=cross_entropy, progress=0.9, number=3, seed=1)
+        )
         loss.backward()
         return torch.cat([weight.grad.flatten() for weight in network.parameters()])
 

@@ -15,6 +15,7 @@ from robustbench_local.defenses import AdversarialTraining, Defense, Standard
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import is_correct
 from robustbench_local.threat import ThreatModel
+from robustbench_local.training.step import Step
 
 CONF = Path(__file__).parents[2] / "conf"
 THREAT = ThreatModel(norm="linf", epsilon=0.4)
@@ -47,7 +48,7 @@ def batch():
 def step(recipe, model, *, progress, number=7):
     x, y = batch()
     return recipe.loss(
-        model, x, y, criterion=F.cross_entropy, progress=progress, step=number, seed=3
+        model, Step(x, y, criterion=F.cross_entropy, progress=progress, number=number, seed=3)
     )
 
 
@@ -193,13 +194,7 @@ def test_adversarial_training_of_a_toy_is_more_robust_than_standard():
             optimizer.param_groups[0]["lr"] = 10 * (1 - number / 400)  # else it ends oscillating
             optimizer.zero_grad()
             loss, _ = recipe.loss(
-                model,
-                x - 0.5 + 0.5,
-                y,
-                criterion=F.cross_entropy,
-                progress=0.5,
-                step=number,
-                seed=0,
+                model, Step(x, y, criterion=F.cross_entropy, progress=0.5, number=number, seed=0)
             )
             loss.backward()
             optimizer.step()

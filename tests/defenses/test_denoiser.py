@@ -19,6 +19,7 @@ from robustbench_local.errors import UserError
 from robustbench_local.gradients import input_gradient
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training import Schedule, Trained, Workshop
+from robustbench_local.training.step import Step
 
 THREAT = ThreatModel(norm="linf", epsilon=0.3)
 ATTACK = PGD(steps=3, step_size=0.5, early_stop=False, best_iterate=False)
@@ -60,7 +61,7 @@ class Brighter(nn.Module):
 def loss(made, denoiser, x, y):
     model = Behind(denoiser, made.classifier)
     return made.loss(
-        model, x, y, criterion=functional.cross_entropy, progress=0.3, step=5, seed=2
+        model, Step(x, y, criterion=functional.cross_entropy, progress=0.3, number=5, seed=2)
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torchvision.transforms import functional as vision
 from robustbench_local.defenses import AugmentedTraining, Mixing, mixing
 from robustbench_local.defenses.augmentation import cover, jensen_shannon
 from robustbench_local.errors import UserError
+from robustbench_local.training.step import Step
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -216,7 +217,7 @@ def test_consistency_adds_the_divergence_between_three_views(channels):
 
     def loss(recipe, number=1):
         return recipe.loss(
-            model, x, y, criterion=F.cross_entropy, progress=0.5, step=number, seed=0
+            model, Step(x, y, criterion=F.cross_entropy, progress=0.5, number=number, seed=0)
         )
 
     seen = []

@@ -12,6 +12,7 @@ from robustbench_local.attacks import PGD, Attack
 from robustbench_local.defenses import AWP, AdversarialTraining, Recipe, Standard
 from robustbench_local.errors import UserError
 from robustbench_local.threat import ThreatModel
+from robustbench_local.training.step import Step
 
 LINF = ThreatModel(norm="linf", epsilon=0.1)
 
@@ -23,13 +24,13 @@ class Quadratic(Recipe):
     adversarial: ClassVar[bool] = False
     goal: float = 2.0
 
-    def loss(self, model, x, y, *, criterion, progress, step, seed):
-        logits = model(x)
+    def loss(self, model, step):
+        logits = model(step.x)
         return 0.5 * (logits - self.goal).square().sum(), logits
 
 
-def step(recipe, model, x, y, **more):
-    return recipe.loss(model, x, y, criterion=F.cross_entropy, progress=0.5, step=1, seed=0, **more)
+def step(recipe, model, x, y):
+    return recipe.loss(model, Step(x, y, criterion=F.cross_entropy, progress=0.5, number=1, seed=0))
 
 
 def bare(features: int, classes: int) -> nn.Module:

@@ -24,6 +24,7 @@ from robustbench_local.errors import UserError
 from robustbench_local.identity import class_version
 from robustbench_local.training import Schedule, Workshop, weights_key
 from robustbench_local.training.identity import describe
+from robustbench_local.training.step import Step
 
 CPU = torch.device("cpu")
 STACKS = [*RECIPES, "awp", *(f"{name},awp" for name in RECIPES)]
@@ -73,7 +74,7 @@ def workshop_for(cache: Path, channels: int = 1) -> Workshop:
 
 def step(recipe, model, x, y, *, number=4, progress=0.7, seed=3):
     return recipe.loss(
-        model, x, y, criterion=F.cross_entropy, progress=progress, step=number, seed=seed
+        model, Step(x, y, criterion=F.cross_entropy, progress=progress, number=number, seed=seed)
     )
 
 
@@ -136,12 +137,10 @@ def test_a_training_stopped_in_the_middle_ends_with_the_same_bytes(choice, tmp_p
     cls = type(defense_of(choice).training_recipe)
     original = cls.loss
 
-    def stops(self, model, x, y, *, criterion, progress, step, seed):
-        if step == 5:  # the last of the second epoch
+    def stops(self, model, step):
+        if step.number == 5:  # the last of the second epoch
             raise KeyboardInterrupt
-        return original(
-            self, model, x, y, criterion=criterion, progress=progress, step=step, seed=seed
-        )
+        return original(self, model, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(cls, "loss", stops)

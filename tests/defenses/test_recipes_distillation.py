@@ -14,6 +14,7 @@ from robustbench_local.defenses.distillation import Heated
 from robustbench_local.errors import UserError
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training import Schedule, Workshop
+from robustbench_local.training.step import Step
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,7 @@ def batch(channels: int):
 
 
 def step(recipe, model, x, y, criterion=F.cross_entropy):
-    return recipe.loss(model, x, y, criterion=criterion, progress=0.5, step=1, seed=0)
+    return recipe.loss(model, Step(x, y, criterion=criterion, progress=0.5, number=1, seed=0))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -8,6 +8,7 @@ from torch import nn
 from robustbench_local.defenses import AWP, FreeAdversarialTraining
 from robustbench_local.errors import UserError
 from robustbench_local.threat import ThreatModel
+from robustbench_local.training.step import Step
 
 LINF = ThreatModel(norm="linf", epsilon=0.1)
 
@@ -26,7 +27,7 @@ def linear(channels: int = 1):
 
 def step(recipe, model, x, y, *, progress=0.5, number=0):
     loss, logits = recipe.loss(
-        model, x, y, criterion=F.cross_entropy, progress=progress, step=number, seed=0
+        model, Step(x, y, criterion=F.cross_entropy, progress=progress, number=number, seed=0)
     )
     loss.backward()
     return loss, logits
@@ -105,7 +106,9 @@ def test_a_gradient_that_is_no_number_leaves_a_perturbation_that_is_one():
     model, _ = linear()
     x, y = 0.3 + 0.4 * torch.rand(4, 1, 5, 5), torch.zeros(4).long()
     recipe = free().begin()
-    loss, _ = recipe.loss(model, x, y, criterion=F.cross_entropy, progress=0.5, step=0, seed=0)
+    loss, _ = recipe.loss(
+        model, Step(x, y, criterion=F.cross_entropy, progress=0.5, number=0, seed=0)
+    )
     (loss * torch.inf).backward()  # what a scaled loss in float16 may do
     for weight in model.parameters():
         weight.grad = None

@@ -13,6 +13,7 @@ from robustbench_local.attacks import PGD, Attack
 from robustbench_local.defenses import DivergenceAscent, Mart, Trades
 from robustbench_local.errors import UserError
 from robustbench_local.threat import ThreatModel
+from robustbench_local.training.step import Step
 
 LINF = ThreatModel(norm="linf", epsilon=0.1)
 
@@ -49,7 +50,7 @@ def assert_same(found, expected, model):
 
 
 def step(recipe, model, x, y):
-    return recipe.loss(model, x, y, criterion=F.cross_entropy, progress=0.5, step=1, seed=0)
+    return recipe.loss(model, Step(x, y, criterion=F.cross_entropy, progress=0.5, number=1, seed=0))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

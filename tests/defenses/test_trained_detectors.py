@@ -23,6 +23,7 @@ from robustbench_local.oracle import Oracle
 from robustbench_local.results.metrics import measure_detection
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training import Schedule, Trained, Workshop
+from robustbench_local.training.step import Step
 
 CPU = torch.device("cpu")
 LINF = ThreatModel(norm="linf", epsilon=0.3)
@@ -140,9 +141,9 @@ def test_what_the_network_is_trained_on(workshop: Workshop, digit_model: nn.Modu
         seen.append(images)
         return torch.zeros(len(images), 2, requires_grad=True)
 
-    def step(step: int) -> Tensor:
-        recipe.loss(detector, x, y, criterion=nn.functional.cross_entropy, progress=0.5,
-                    step=step, seed=0)  # fmt: skip
+    def step(number: int) -> Tensor:
+        criterion = nn.functional.cross_entropy
+        recipe.loss(detector, Step(x, y, criterion, progress=0.5, number=number, seed=0))
         return seen[-1]
 
     shown = step(7)

@@ -23,11 +23,9 @@ def run(cache, recipe, schedule, data=None):
 class Unlearning(Standard):
     """Learns wrong classes after a third."""
 
-    def loss(self, model, x, y, *, criterion, progress, step, seed):
-        y = y if progress < 0.3 else (y + 1) % 3
-        return super().loss(
-            model, x, y, criterion=criterion, progress=progress, step=step, seed=seed
-        )
+    def loss(self, model, step):
+        y = step.y if step.progress < 0.3 else (step.y + 1) % 3
+        return super().loss(model, replace(step, y=y))
 
 
 LONG = Schedule(epochs=10, batch_size=16, learning_rate=0.05, schedule="step", milestones=())
@@ -88,11 +86,9 @@ class Watching(Standard):
 
     replays: int = 1
 
-    def loss(self, model, x, y, *, criterion, progress, step, seed):
-        SEEN.append(x.clone())
-        return super().loss(
-            model, x, y, criterion=criterion, progress=progress, step=step, seed=seed
-        )
+    def loss(self, model, step):
+        SEEN.append(step.x.clone())
+        return super().loss(model, step)
 
 
 def watch(cache, replays, **settings):

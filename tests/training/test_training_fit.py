@@ -118,11 +118,9 @@ def test_one_sgd_step_is_the_textbook_one(tmp_path):
 class Unlearning(Standard):
     """Learns wrong classes in the second half."""
 
-    def loss(self, model, x, y, *, criterion, progress, step, seed):
-        y = y if progress < 0.5 else (y + 1) % 3
-        return super().loss(
-            model, x, y, criterion=criterion, progress=progress, step=step, seed=seed
-        )
+    def loss(self, model, step):
+        y = step.y if step.progress < 0.5 else (step.y + 1) % 3
+        return super().loss(model, replace(step, y=y))
 
 
 def test_the_epoch_is_selected_by_validation(tmp_path):
@@ -228,11 +226,9 @@ def test_half_a_state_leaves_no_trace_in_the_weights(tmp_path):
 
 @dataclass(frozen=True, kw_only=True)
 class Diverging(Standard):
-    def loss(self, model, x, y, *, criterion, progress, step, seed):
-        loss, logits = super().loss(
-            model, x, y, criterion=criterion, progress=progress, step=step, seed=seed
-        )
-        return (loss * float("nan") if step == 8 else loss), logits
+    def loss(self, model, step):
+        loss, logits = super().loss(model, step)
+        return (loss * float("nan") if step.number == 8 else loss), logits
 
 
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
@@ -244,11 +240,9 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
 
 @dataclass(frozen=True, kw_only=True)
 class LastStepBreaks(Standard):
-    def loss(self, model, x, y, *, criterion, progress, step, seed):
-        loss, logits = super().loss(
-            model, x, y, criterion=criterion, progress=progress, step=step, seed=seed
-        )
-        if step == 11:  # a finite loss with an infinite gradient
+    def loss(self, model, step):
+        loss, logits = super().loss(model, step)
+        if step.number == 11:  # a finite loss with an infinite gradient
             loss = loss + (loss.detach() - loss).abs().sqrt()
         return loss, logits
 
@@ -263,13 +257,11 @@ def test_ctrl_c_keeps_the_last_whole_epoch(tmp_path):
 
     @dataclass(frozen=True, kw_only=True)
     class Stopped(Standard):
-        def loss(self, model, x, y, *, criterion, progress, step, seed):
-            if step == 9 and not (tmp_path / "stopped").exists():
+        def loss(self, model, step):
+            if step.number == 9 and not (tmp_path / "stopped").exists():
                 (tmp_path / "stopped").touch()
                 raise KeyboardInterrupt
-            return super().loss(
-                model, x, y, criterion=criterion, progress=progress, step=step, seed=seed
-            )
+            return super().loss(model, step)
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, recipe=Stopped())

@@ -73,11 +73,11 @@ class Taught(Recipe):
     def prepare(self, workshop):
         return replace(self, teachers=(workshop.classifier(Standard()).model,))
 
-    def loss(self, model, x, y, *, criterion, progress, step, seed):
-        logits = model(x)
+    def loss(self, model, step):
+        logits = model(step.x)
         with torch.no_grad():
-            said = (self.teachers[0](x).argmax(1) + 1) % 3
-        return criterion(logits, said), logits
+            said = (self.teachers[0](step.x).argmax(1) + 1) % 3
+        return step.criterion(logits, said), logits
 
 
 def test_a_workshop_trains_what_a_recipe_needs_first_through_the_cache(tmp_path):
