@@ -243,7 +243,7 @@ def _attack_batch(
                 raise _renumbered(error, split.indices[rows][attacked]) from None
             after = clean.updated(attacked, fooled)
         # Rejecting an attacked image is as good as being right; rejecting a clean one is an error.
-        survived = clean.correct & (after.correct | after.rejected)
+        survived = clean.correct & after.resists
         asked = len(clean.suspicion)  # 0 where the victim cannot reject
         result = PerExample(
             indices=split.indices[rows].numpy(),

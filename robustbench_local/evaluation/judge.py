@@ -37,6 +37,11 @@ class Verdict:
     suspicion: Tensor  # float32: logit of rejection minus the largest other, mean over the draws
     size: Tensor  # float64, under the norm of the threat model
 
+    @property
+    def resists(self) -> Tensor:
+        """Which draws withstand an attack, (N, draws) bool: right, or rejected."""
+        return self.correct | self.rejected
+
     def updated(self, rows: Tensor, other: "Verdict") -> "Verdict":
         """The same with what `other` says of the images in `rows`, a mask of shape (N,)."""
         columns = []

@@ -13,6 +13,7 @@ from robustbench_local.attacks import Attack
 from robustbench_local.data import Dataset, Split
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation import Judging, PerExample, evaluate, judge
+from robustbench_local.evaluation.audit.trials import Trials
 from robustbench_local.oracle import Oracle
 from robustbench_local.results.metrics import measure, measure_detection
 from robustbench_local.results.record import comparability
@@ -244,3 +245,16 @@ def test_examples_come_back_from_their_file(tmp_path) -> None:
     read = store.examples("rejecting")
     for part in fields(PerExample):
         assert np.array_equal(getattr(read, part.name), getattr(examples, part.name)), part.name
+
+
+def test_the_audit_counts_as_the_evaluation_does() -> None:
+    data = split([0, 10, 20, 30], [0, 1, 2, 0])
+    oracle = Oracle(Table(), EVERYTHING, CLASSES)
+    trials = Trials(oracle, data, judging=Judging(), batch_size=2, sample=4)
+    assert trials.right.tolist() == [0, 1, 2]
+    # Rejected, rejected, and accepted as another class.
+    left = trials.run("repaint", Repaint({0: 30, 10: 30, 20: 0}), EVERYTHING)
+    assert left.flatten().tolist() == [True, True, False, False]
+    painted = torch.tensor([30, 0, 10]).view(-1, 1, 1, 1) / 255
+    confirmed = trials.confirmed(painted.expand(3, 1, 2, 2), torch.tensor([0, 1, 2]))
+    assert confirmed.tolist() == [False, True, True]

@@ -68,7 +68,7 @@ class Trials:
             self._reseed(name, part)
             with exact():
                 x_adv = attack(model, x, y, threat)
-            correct[part] &= self._ask(x_adv, part, threat, name).correct
+            correct[part] &= self._ask(x_adv, part, threat, name).resists
         return correct
 
     def batches(self, rows: Tensor) -> list[Tensor]:
@@ -85,8 +85,8 @@ class Trials:
         return Oracle(self.victim, threat, self.classes, randomized=self._randomized)
 
     def confirmed(self, x_adv: Images, rows: Tensor) -> Tensor:
-        """Which images the judge takes for valid and misclassified, bool (len(rows),)."""
-        return ~self._ask(x_adv, rows, self.threat, "confirmed").correct.any(1)
+        """Which images the judge takes for valid, accepted and wrong, bool (len(rows),)."""
+        return ~self._ask(x_adv, rows, self.threat, "confirmed").resists.any(1)
 
     def _reseed(self, name: str, part: Tensor) -> None:
         if self._judging.reseed is not None:
