@@ -22,7 +22,8 @@ Face: TypeAlias = Callable[[Images, Labels, ThreatModel], Model]
 class Trials:
     """The first images of a test set, and what became of them under one attack after the other.
 
-    `clean` are the draws of the judge, each image right or wrong, bool (N, draws) on the CPU.
+    `clean` are the draws of the judge, each image right or wrong, bool (N, draws) on the CPU. Right
+    is after an attack also what the victim rejects, as in the evaluation.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Trials:
             self._reseed(name, part)
             with exact():
                 x_adv = attack(model, x, y, threat)
-            correct[part] &= self._ask(x_adv, part, threat, name).correct
+            correct[part] &= _survived(self._ask(x_adv, part, threat, name))
         return correct
 
     def batches(self, rows: Tensor) -> list[Tensor]:
@@ -85,8 +86,8 @@ class Trials:
         return Oracle(self.victim, threat, self.classes, randomized=self._randomized)
 
     def confirmed(self, x_adv: Images, rows: Tensor) -> Tensor:
-        """Which images the judge takes for valid and misclassified, bool (len(rows),)."""
-        return ~self._ask(x_adv, rows, self.threat, "confirmed").correct.any(1)
+        """Which images the judge takes for valid and broken, bool (len(rows),)."""
+        return ~_survived(self._ask(x_adv, rows, self.threat, "confirmed")).any(1)
 
     def _reseed(self, name: str, part: Tensor) -> None:
         if self._judging.reseed is not None:
@@ -105,3 +106,7 @@ class Trials:
             seed=derive_seed(self._judging.seed, "audit judge", name, int(part[0])),
             reseed=self._judging.reseed,
         )
+
+
+def _survived(verdict: Verdict) -> Tensor:
+    return verdict.correct | verdict.rejected
