@@ -46,6 +46,7 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
     _show_certificate(records[0], console)
     for record in records:
         _show_parts(record, console, several=len(records) > 1)
+        _show_audit(record, console, several=len(records) > 1)
     for sentence in dict.fromkeys(sentence for record in records for sentence in doubts(record)):
         console.print(f"[yellow]note[/yellow] {escape(sentence)}", soft_wrap=True)
     state = "recorded" if recorded == 0 else f"{recorded} of {len(records)} recorded before"
@@ -126,6 +127,23 @@ def _rejections(detection: Record) -> str:
             share, area = detection[f"{key}_rejected"], detection[f"{key}_roc_auc"]
             told += f", {_percent(share)} of {which} (ROC-AUC {area:.3f})"
     return told
+
+
+def _show_audit(record: Record, console: Console, *, several: bool) -> None:
+    """What every check found, where all were made."""
+    audit = record.get("audit", {"level": "cheap"})  # older records have none
+    if audit["level"] != "full":
+        return
+    at = f", epsilon {record['config']['threat']['epsilon']:.4g}" if several else ""
+    title = escape(f"audit of {record['labels']['attack']}{at}")
+    table = Table(title=title, title_justify="left")
+    table.add_column("check", no_wrap=True)
+    table.add_column("flag", no_wrap=True)
+    table.add_column("finding", overflow="fold")
+    for check in audit["checks"]:
+        flag = {True: "severe" if check["severe"] else "mild", False: "no", None: "-"}
+        table.add_row(check["name"], flag[check["raised"]], escape(check["why"]))
+    console.print(table)
 
 
 def _plain(value: object) -> str:

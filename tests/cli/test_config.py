@@ -16,11 +16,14 @@ from robustbench_local.attacks import Attack
 from robustbench_local.building import build, build_attack
 from robustbench_local.data import Source
 from robustbench_local.defenses import Defense
+from robustbench_local.evaluation import Audit
+from robustbench_local.selftest.__main__ import HELP
+from robustbench_local.selftest.__main__ import composed as composed_selftest
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training import Schedule
 
 ROOT = Path(__file__).parents[2]
-GROUPS = ("attack", "dataset", "defense", "model", "threat", "train")
+GROUPS = ("attack", "audit", "dataset", "defense", "model", "threat", "train")
 FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md")), CONF / "config.yaml"]
 
@@ -40,6 +43,8 @@ def test_every_file_builds_what_its_group_means(group, choice):
     node = config[group]
     if group == "attack":
         assert isinstance(attack_of(config), Attack)
+    elif group == "audit":
+        assert build(node) == Audit(level=choice)  # the file says what the code would do without
     elif group == "dataset":
         assert isinstance(build(node), Source)
     elif group == "threat":
@@ -92,7 +97,7 @@ def test_defenses_can_be_given_alone_or_as_a_list():
 def commands():
     for page in PAGES:
         for line in page.read_text().replace("\\\n", " ").splitlines():
-            for quoted in re.findall(r"python3? -m robustbench_local\b([^`\n]*)", line):
+            for quoted in re.findall(r"python3? -m robustbench_local(?!\.)\b([^`\n]*)", line):
                 yield pytest.param(quoted.split("#")[0].strip(), id=f"{page.name}:{quoted.strip()}")
 
 
@@ -131,6 +136,21 @@ def test_the_number_of_draws_is_left_to_the_victim():
         attack = attack_of(config, samples)
         assert attack.eot_samples == attack.parts["apgd_dlr"].eot_samples == samples
         assert attack.parts["apgd_ce"].eot_samples == 7
+
+
+def selftests():
+    pages = [*(page.read_text() for page in PAGES), HELP]
+    for line in "\n".join(pages).replace("\\\n", " ").splitlines():
+        for quoted in re.findall(r"python3? -m robustbench_local\.selftest\b([^`\n]*)", line):
+            yield quoted.split("#")[0].strip()
+
+
+@pytest.mark.parametrize("command", sorted(set(selftests())))
+def test_every_quoted_selftest_composes(command):
+    words = [word for word in shlex.split(command) if "mine" not in word]
+    if "--config-dir" in words:
+        del words[words.index("--config-dir") :]
+    assert "_target_" in composed_selftest(words).attack
 
 
 @pytest.mark.parametrize("library", ["torchattacks", "art"])

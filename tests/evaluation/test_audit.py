@@ -161,6 +161,28 @@ def test_attacks_without_gradients_need_none():
     assert (check.raised, check.why) == (None, "the attack needs scores only")
 
 
+class Rejecting(Victim):
+    """Answers with one logit more, a little below the largest."""
+
+    abstains = True
+
+    def forward(self, x):
+        logits = super().forward(x)
+        plain = Victim().linear(x.flatten(1))
+        return torch.cat([logits, plain.amax(1, keepdim=True) - 9], 1)
+
+
+def test_gradients_of_victims_that_may_reject():
+    """What counts is the way out of being right or rejected, not the way into being rejected."""
+    data = dataset(labels=Victim()(dataset().test.pixels(slice(None))).argmax(1))
+    assert raised(Rejecting(), data) == {}
+    assert set(raised(Rejecting(PLANTED["without a graph"][1]), data)) == {"zero_gradient"}
+
+
+def test_probabilities_beside_a_logit_of_rejection():
+    assert set(raised(Rejecting(PLANTED["probabilities"][1]))) == {"softmax_output"}
+
+
 def test_randomised_victims_are_fine_under_eot_and_for_who_does_not_ask():
     noisy = Victim(PLANTED["noisy logits"][1])
     assert raised(noisy, attack=PGD(eot_samples=20)) == {}

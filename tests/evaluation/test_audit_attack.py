@@ -359,6 +359,35 @@ def test_a_query_budget_holds_for_the_checks_too(digit_model, split):
     assert list(rivals) == ["Square (25 queries)"]
 
 
+class Suspecting(nn.Module):
+    """Rejects an image where the largest logit leads the next one by less than 5."""
+
+    abstains = True
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        logits = self.model(x)
+        second = logits.topk(2, dim=1).values[:, 1:]
+        return torch.cat([logits, second + 5], 1)
+
+
+@pytest.mark.parametrize("attack", [PGD(), Square(queries=200)], ids=["pgd", "square"])
+def test_what_a_victim_rejects_after_an_attack_is_not_broken(digit_model, split, attack):
+    """As in the evaluation; and a search that ends in a rejection has lost nothing."""
+    victim = Suspecting(digit_model)
+    checks = audited(victim, attack, split)
+    some = Split(split.images[:50], split.labels[:50], split.indices[:50])
+    examples = evaluate(Oracle(victim, LINF, 10), attack, some, batch_size=40).examples
+    robust = examples.robust_correct.mean()
+    assert checks["not_converged"].measured["robust_accuracy"] == robust
+    assert (examples.adversarial_rejected > 0).sum() > 10
+    assert not checks["silent_success"].raised
+    assert checks["unconstrained_failure"].raised is False
+
+
 def test_nothing_is_right_so_nothing_is_attacked(digit_model, split):
     wrong = replace(split, labels=(digit_model(split.pixels(slice(None))).argmax(1) + 1) % 10)
     checks = audited(digit_model, PGD(), wrong)

@@ -173,6 +173,35 @@ def test_a_random_victim_without_averages_is_withheld(store):
     assert line["status"] == "withheld"
 
 
+@pytest.mark.parametrize(
+    ("doubted", "flag", "status"),
+    [
+        ("fgsm", "weaker_than_black_box", "ranked"),
+        ("fgsm", "unconstrained_failure", "ranked"),
+        ("standard", "weaker_than_black_box", "withheld"),
+        ("fgsm", "zero_gradient", "withheld"),
+        ("fgsm", "gradient_switch", "withheld"),
+    ],
+)
+def test_a_doubt_about_one_attack_is_answered_by_a_stronger_one(store, doubted, flag, status):
+    """One about the victim, or about the cascade itself, is not."""
+    for attack in ("fgsm", "standard"):
+        severe = [(flag, True)] if attack == doubted else [("not_converged", False)]
+        add(store, attack, [1, 0], attack=attack, flags=severe)
+    (line,) = fold(store).to_dict("records")
+    assert (line["status"], line["flags"]) == (status, " ".join(sorted(["not_converged", flag])))
+
+
+def test_a_flag_is_as_severe_as_its_most_severe_finding(store):
+    """Saturation is mild for an attack that does not notice it, in whatever order they come."""
+    for place, attacks in enumerate((("art", "standard"), ("standard", "art"))):
+        for attack in attacks:
+            flags = [("zero_gradient", attack == "art")]
+            add(store, f"{place}{attack}", [1, 0], attack=attack, seed=place, flags=flags)
+    (line,) = fold(store).to_dict("records")
+    assert line["status"] == "withheld"
+
+
 def test_different_rows_do_not_merge(store):
     add(store, "a", [1, 1])
     add(store, "b", [0, 0], train="mnist-epochs1")

@@ -22,7 +22,8 @@ Face: TypeAlias = Callable[[Images, Labels, ThreatModel], Model]
 class Trials:
     """The first images of a test set, and what became of them under one attack after the other.
 
-    `clean` are the draws of the judge, each image right or wrong, bool (N, draws) on the CPU.
+    `clean` are the draws of the judge, each image right or wrong, bool (N, draws) on the CPU. Right
+    is after an attack also what the victim rejects, as in the evaluation.
     """
 
     def __init__(

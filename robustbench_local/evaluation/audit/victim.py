@@ -16,6 +16,7 @@ from robustbench_local.evaluation.audit.check import Check, count, found, skippe
 from robustbench_local.evaluation.audit.config import Audit
 from robustbench_local.evaluation.audit.switch import gradient_switch
 from robustbench_local.gradients import attack_loss, pristine
+from robustbench_local.rejection import folded
 from robustbench_local.types import Images, Labels, Logits, Model
 
 
@@ -36,7 +37,7 @@ def audit_victim(
         _subset(data, config),
         _randomized(looks, attack, config),
         gradient_switch(victim, x, spread=config.spread),
-        _softmax_output(looks.outputs[0], config),
+        _softmax_output(looks.outputs[0, :, : data.num_classes], config),
         zero_gradient(victim, x, y, attack),
     ]
 
@@ -183,7 +184,8 @@ def _starting_gradients(victim: Model, x: Images, y: Labels) -> _Starts:
             attacked += int(right.sum())
             margin = attack_loss(logits, labels, "margin")
             zero += int((right & _is_flat(margin, part)).sum())
-            entropy = functional.cross_entropy(logits, labels, reduction="none")
+            resisting = folded(logits, labels, sum_odds=True)
+            entropy = functional.cross_entropy(resisting, labels, reduction="none")
             plain += int((right & _is_flat(entropy, part)).sum())
     return _Starts(attacked, zero, plain)
 
