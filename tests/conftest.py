@@ -1,5 +1,6 @@
 """Victims whose answer is known, and one small network trained on real digits."""
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +26,44 @@ from robustbench_local.selftest.victims import (  # noqa: F401  # tests take the
 # On networks this small two threads gain nothing, and where another process has the second core
 # they wait for each other: a training step then takes thirty times as long.
 torch.set_num_threads(1)
+
+
+class Double(nn.Module):
+    """The network in float64 inside: no sign of a gradient hangs on how a library sums up."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        # A copy: `digit_model` stays float32 for the other tests.
+        self.model = copy.deepcopy(model).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.double())
+
+
+class Recording(nn.Module):
+    """A victim that keeps every image it is shown."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach().clone())
+        return self.model(x)
+
+
+class Counting(nn.Module):
+    """A victim that counts the images it is asked about, itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.images = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images += len(x)
+        return self.model(x)
 
 
 def digit_cnn(width: int = 16, *, seed: int = 0) -> nn.Sequential:
