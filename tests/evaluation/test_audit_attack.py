@@ -278,6 +278,31 @@ def test_a_foul_at_another_radius_is_told_and_ends_nothing(digit_model, split):
     assert checks["weaker_than_fgsm"].raised is False
 
 
+class Crashing(Attack):
+    """With a constructor of its own, and good for one radius only."""
+
+    needs = "gradients"
+    norms = frozenset({"linf"})
+
+    def __init__(self, steps):
+        super().__init__()
+        object.__setattr__(self, "steps", steps)
+
+    def run(self, model, x, y, threat):
+        if threat.epsilon != 0.1:
+            raise RuntimeError("tensors of different sizes")
+        return PGD(steps=self.steps).run(model, x, y, threat)
+
+
+def test_a_crash_at_another_radius_loses_nothing(digit_model, split):
+    checks = audited(digit_model, Crashing(12), split)
+    for name in ("non_monotone_epsilon", "unconstrained_failure"):
+        assert checks[name].raised is None
+        assert "RuntimeError tensors of different sizes" in checks[name].why
+    assert checks["weaker_than_fgsm"].raised is False
+    assert checks["silent_success"].raised is False
+
+
 def test_noise_breaks_what_an_idle_attack_does_not(digit_model, split):
     threat = replace(LINF, epsilon=0.5)
     checks = audited(digit_model, Forgetful(steps=1), split, threat)

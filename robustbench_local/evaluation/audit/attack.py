@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 
 from robustbench_local.attacks import Attack
 from robustbench_local.data import Split
-from robustbench_local.errors import FoulError, UserError
 from robustbench_local.evaluation.audit.case import Case
 from robustbench_local.evaluation.audit.check import COSTLY, Check, count, found, skipped
 from robustbench_local.evaluation.audit.comparison import (
@@ -23,7 +22,7 @@ from robustbench_local.evaluation.audit.rivals import (
     weaker_than_black_box,
     weaker_than_fgsm,
 )
-from robustbench_local.evaluation.audit.trials import Trials
+from robustbench_local.evaluation.audit.trials import Trials, VariationError
 from robustbench_local.evaluation.audit.variations import fresh, longer, scaled, whole_range
 from robustbench_local.evaluation.audit.watched import loss_still_falling, silent_success
 from robustbench_local.evaluation.evaluate import Judging
@@ -65,8 +64,7 @@ def _check(name: str, case: Case) -> Check:
         return skipped(name, reason)
     try:
         return _MADE[name](case)
-    except (UserError, FoulError) as error:
-        # The evaluation itself went through: what another radius or length does is no foul of its.
+    except VariationError as error:
         return skipped(name, f"the attack could not be varied: {error}")
 
 

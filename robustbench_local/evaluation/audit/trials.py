@@ -8,6 +8,7 @@ from torch import Tensor
 
 from robustbench_local.attacks import Attack
 from robustbench_local.data import Split
+from robustbench_local.errors import FoulError, UserError
 from robustbench_local.evaluation.evaluate import Judging
 from robustbench_local.evaluation.judge import Verdict, exact, judge
 from robustbench_local.oracle import Oracle
@@ -17,6 +18,10 @@ from robustbench_local.types import Images, Labels, Model
 
 Face: TypeAlias = Callable[[Images, Labels, ThreatModel], Model]
 """Makes what an attack meets, for a batch of images."""
+
+
+class VariationError(RuntimeError):
+    """The attack under audit, or one it is compared with, could not be run."""
 
 
 class Trials:
@@ -57,7 +62,8 @@ class Trials:
         """Draws right before and after an attack on `rows`, bool (N, draws); others as they were.
 
         `name` tells this look of the judge from the others. By default every right image is
-        attacked, and the attack meets the victim behind an `Oracle`.
+        attacked, and the attack meets the victim behind an `Oracle`. Raises `VariationError` where
+        the attack crashes or leaves its threat model.
         """
         rows = self.right if rows is None else rows
         correct = self.clean.clone()
@@ -67,9 +73,15 @@ class Trials:
             if isinstance(model, Oracle):
                 model.begin(len(x))
             self._reseed(name, part)
-            with exact():
-                x_adv = attack(model, x, y, threat)
-            correct[part] &= self._ask(x_adv, part, threat, name).resists
+            try:
+                with exact():
+                    x_adv = attack(model, x, y, threat)
+                verdict = self._ask(x_adv, part, threat, name)
+            except Exception as error:
+                # The evaluation went through: what became of it must not be lost over this.
+                told = "" if isinstance(error, UserError | FoulError) else type(error).__name__
+                raise VariationError(f"{told} {error}".strip()) from error
+            correct[part] &= verdict.resists
         return correct
 
     def batches(self, rows: Tensor) -> list[Tensor]:

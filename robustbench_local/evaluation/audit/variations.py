@@ -1,5 +1,6 @@
 """The attack under audit, a little different, and the others it is compared with."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -87,12 +88,16 @@ def open_to(threat: ThreatModel, attack: Attack) -> ThreatModel:
 
 
 def _changed(attack: Attack, change: Callable[[Attack], dict[str, Any]]) -> Attack:
-    """A copy with changes, in every part of a cascade where it is one."""
+    """A copy with changes, in every part of a cascade where it is one, and without notes."""
+    changes = change(attack)
     if isinstance(attack, Cascade):
         parts = {name: _changed(part, change) for name, part in attack.parts.items()}
-        own = {name: value for name, value in change(attack).items() if name == "eot_samples"}
-        return replace(attack, parts=parts, **own)
-    return replace(attack, **change(attack))
+        return replace(attack, parts=parts, **changes)
+    if changes:
+        return replace(attack, **changes)
+    same = copy.copy(attack)
+    object.__setattr__(same, "notes", {})
+    return same
 
 
 def _own(attack: Attack) -> set[str]:
