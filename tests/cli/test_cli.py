@@ -469,6 +469,7 @@ def own_defenses():
     sys.modules.pop("own_defenses", None)
 
 
+@pytest.mark.slow
 def test_attacks_that_ignore_a_defense_and_attacks_that_know_it(cli, own_defenses):
     words = ("dataset.test_size=60", "eot.sample=20", "judge_draws=4", "attack=fgsm,pgd")
     done = cli("-m", *own_defenses, *QUICK, *words, "defense=none,rounding,noisy",
