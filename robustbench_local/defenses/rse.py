@@ -1,79 +1,53 @@
 """Random noise in front of every convolution, in training and at run time."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from robustbench_local.defenses.averaged import Averaged, looks
-from robustbench_local.defenses.detection import Scorer
-from robustbench_local.defenses.preprocess import RUN_TIME, Preprocess, Seeded
+from robustbench_local.defenses.layers import RandomLayers, own_parts
+from robustbench_local.defenses.preprocess import RUN_TIME
 from robustbench_local.defenses.settings import read_number, require_count
 from robustbench_local.errors import UserError
 from robustbench_local.models.normalize import Normalize
-from robustbench_local.types import Images, Logits, Model
+from robustbench_local.types import Model
 
 _KEY = "defense.wrap.rse"
 
 
-class NoisyLayers(Seeded):
+class NoisyLayers(RandomLayers):
     """A model with normal noise on the input of its convolutions, or of its linear layers.
 
-    The layers are those of the network itself, see `own_parts`: what others compute stays exact.
-    Hooks do the work, for the time of a pass only: the model keeps its layers, the names of its
-    weights and its own `forward`, and elsewhere answers as if nothing had happened.
+    Normalisation counts as the first of them where the model has it, so that its noise is in pixel
+    units; the layer after it then gets none.
     """
 
-    randomized = True
-
     def __init__(self, model: Model, *, init: float, inner: float, eot_samples: int) -> None:
-        super().__init__()
-        if not _noisy_layers(model):
+        super().__init__(model, eot_samples=eot_samples)
+        if not self.layers():
             raise UserError(
                 "defense rse adds noise to the input of convolutions or linear layers and the "
                 "model has none (torch.nn.Conv2d, torch.nn.Linear); choose another model or "
                 "defense=noise_fusion"
             )
-        self.model = model
-        self.init = init
-        self.inner = inner
-        self.eot_samples = eot_samples
+        entrance = isinstance(self.layers()[0], Normalize)
+        self._first = [init, 0.0] if entrance else [init]
+        self._inner = inner
 
-    def forward(self, x: Images) -> Logits:
-        """Pixels in [0, 1], shape (N, C, H, W), to logits (N, K); each image has its own noise."""
-        with self._noise():
-            logits: Logits = self.model(x)
-        return logits
+    def layers(self) -> Sequence[nn.Module]:
+        """See `RandomLayers.layers`."""
+        return _noisy_layers(self.model)
 
-    @contextmanager
-    def _noise(self) -> Iterator[None]:
-        """Noise in front of the layers, in the order in which the pass reaches them.
-
-        Normalisation counts as the first of them where the model has it, so that its noise is in
-        pixel units; the layer after it then gets none.
-        """
-        layers, place = _noisy_layers(self.model), places()
-        first = [self.init, 0.0] if isinstance(layers[0], Normalize) else [self.init]
-
-        def add(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            reached = place(layer)
-            deviation = first[reached] if reached < len(first) else self.inner
-            return (self._noisy(inputs[0], deviation), *inputs[1:])
-
-        hooks = [layer.register_forward_pre_hook(add) for layer in layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _noisy(self, x: Tensor, deviation: float) -> Tensor:
+    def change(self, entering: Tensor, place: int) -> Tensor:
+        """See `RandomLayers.change`."""
+        deviation = self._first[place] if place < len(self._first) else self._inner
         if deviation == 0:
-            return x
-        return x + torch.empty_like(x).normal_(0, deviation, generator=self.generator(x.device))
+            return entering
+        generator = self.generator(entering.device)
+        return entering + torch.empty_like(entering).normal_(0, deviation, generator=generator)
 
 
 def _noisy_layers(model: Model) -> list[nn.Module]:
@@ -83,30 +57,6 @@ def _noisy_layers(model: Model) -> list[nn.Module]:
     layers = layers or [part for part in parts if isinstance(part, nn.Linear)]
     entrances = [part for part in parts if isinstance(part, Normalize)]
     return [*entrances[:1], *layers] if layers else []
-
-
-def own_parts(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a network, without those of a `Preprocess` or of a detector's `Scorer`."""
-    yield model
-    for part in model.children():
-        if not isinstance(part, Preprocess | Scorer):
-            yield from own_parts(part)
-
-
-def places() -> Callable[[nn.Module], int]:
-    """Tells the place of a layer, from 0, as the layers of a network are reached one by one.
-
-    Reaching the first one again begins anew: a model may ask its network several times.
-    """
-    reached: list[nn.Module] = []
-
-    def place(layer: nn.Module) -> int:
-        if reached and layer is reached[0]:
-            reached.clear()
-        reached.append(layer)
-        return len(reached) - 1
-
-    return place
 
 
 @dataclass(frozen=True, kw_only=True)

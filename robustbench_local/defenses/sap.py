@@ -1,62 +1,39 @@
 """Activations dropped at random at run time, the small ones more often."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustbench_local.defenses.preprocess import Seeded
-from robustbench_local.defenses.rse import own_parts, places
+from robustbench_local.defenses.layers import RandomLayers, own_parts
 from robustbench_local.defenses.settings import read_number, require_count
 from robustbench_local.errors import UserError
-from robustbench_local.types import Images, Logits, Model
+from robustbench_local.types import Model
 
 _KEY = "defense.wrap.sap"
 
 
-class PrunedLayers(Seeded):
-    """A model that meets pruned activations at the entrance of every layer but the first.
-
-    Hooks do the work, for the time of a pass only; see `rse.NoisyLayers`.
-    """
-
-    randomized = True
+class PrunedLayers(RandomLayers):
+    """A model that meets pruned activations at the entrance of every layer but the first."""
 
     def __init__(self, model: Model, *, samples: float, eot_samples: int) -> None:
-        super().__init__()
-        if len(_layers(model)) < 2:
+        super().__init__(model, eot_samples=eot_samples)
+        if len(self.layers()) < 2:
             raise UserError(
                 "defense sap prunes what comes into the second and every later convolution or "
                 "linear layer and the model has no such layer; choose another model or defense=rse"
             )
-        self.model = model
         self.samples = samples
-        self.eot_samples = eot_samples
 
-    def forward(self, x: Images) -> Logits:
-        """Pixels in [0, 1], shape (N, C, H, W), to logits (N, K); each image has its own draws."""
-        with self._pruning():
-            logits: Logits = self.model(x)
-        return logits
+    def layers(self) -> Sequence[nn.Module]:
+        """See `RandomLayers.layers`."""
+        parts = own_parts(self.model)
+        return [part for part in parts if isinstance(part, nn.Conv2d | nn.Linear)]
 
-    @contextmanager
-    def _pruning(self) -> Iterator[None]:
-        place = places()
-
-        def prune(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if place(layer) == 0:  # pixels are no activations
-                return None
-            return (self._pruned(inputs[0]), *inputs[1:])
-
-        hooks = [layer.register_forward_pre_hook(prune) for layer in _layers(self.model)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def change(self, entering: Tensor, place: int) -> Tensor:
+        """See `RandomLayers.change`; pixels are no activations."""
+        return entering if place == 0 else self._pruned(entering)
 
     def _pruned(self, activations: Tensor) -> Tensor:
         flat = activations.detach().flatten(1).abs()
@@ -70,10 +47,6 @@ class PrunedLayers(Seeded):
         chance = -torch.expm1(count * torch.log1p(-share.clamp(max=1 - 1e-7)))
         factor = torch.where(kept > 0, 1 / chance.clamp(min=1e-30), 0.0)
         return activations * factor.view_as(activations)
-
-
-def _layers(model: Model) -> list[nn.Module]:
-    return [part for part in own_parts(model) if isinstance(part, nn.Conv2d | nn.Linear)]
 
 
 @dataclass(frozen=True, kw_only=True)
