@@ -158,7 +158,7 @@ class ThreatModel:
         if self.norm == "linf":
             epsilon = self.epsilon if self.radii is None else self.radius(x)
             low, high = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
-            return torch.minimum(torch.maximum(x_adv, low, out=low), high, out=low)
+            return torch.clamp(x_adv, low, high)  # one pass
         boxed = x_adv.clamp(0, 1)
         if self.norm == "l0":
             return self._keep_largest(x_adv, boxed, x)

@@ -168,6 +168,7 @@ SOUND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOUND)
 def test_our_attacks_pass(name):
     found = outcomes(SOUND[name])
@@ -184,6 +185,7 @@ def test_our_attacks_pass(name):
         assert masked.reached == "12 broken"
 
 
+@pytest.mark.slow
 @balls
 def test_other_norms_pass_too(threat):
     attack = OnePixelExhaustive() if threat.norm == "l0" else PGD(steps=60)

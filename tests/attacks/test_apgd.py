@@ -78,7 +78,10 @@ def test_targeted_dlr_is_exact_on_many_classes(norm: Norm, classes: int) -> None
 
 @norms
 @losses
-@pytest.mark.parametrize("variant", ["shift", "log-softmax", "scale up"])
+@pytest.mark.parametrize(
+    "variant",
+    ["shift", *(pytest.param(v, marks=pytest.mark.slow) for v in ("log-softmax", "scale up"))],
+)
 def test_no_disguise_of_the_logits_helps(norm: Norm, loss: str, variant: str) -> None:
     plain, x = victim((1, 8, 8), 5), images((1, 8, 8), 100)
     y = predict(plain, x)
@@ -284,6 +287,7 @@ def test_reaches_the_class_it_is_told(wanted: int | str) -> None:
 RADII: dict[Norm, float] = {"linf": 0.1, "l2": 1.5, "l1": 8}
 
 
+@pytest.mark.slow
 @norms
 def test_more_steps_and_restarts_break_more(
     norm: Norm, digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]
@@ -333,6 +337,7 @@ def authors(
         return attack.perturb(x, y)
 
 
+@pytest.mark.slow
 @norms
 @losses
 @pytest.mark.filterwarnings("ignore:there are")  # points of zero gradient, which their check finds

@@ -258,8 +258,17 @@ def test_the_folder_is_found() -> None:
 
 
 @pairs
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("classes", [2, 5, 10])
+@pytest.mark.parametrize(
+    ("channels", "classes"),
+    [
+        (1, 10),
+        (3, 2),
+        *(
+            pytest.param(*rest, marks=pytest.mark.slow)
+            for rest in [(1, 2), (1, 5), (3, 5), (3, 10)]
+        ),
+    ],
+)
 def test_returns_images_inside_the_budget(
     choice: str, norm: Norm, channels: int, classes: int
 ) -> None:

@@ -153,7 +153,7 @@ def test_more_steps_and_restarts_change_little(
     norm: Norm, robust_digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]
 ) -> None:
     """The default is not far from what ten times the work finds."""
-    some = digit_images[0][:400], digit_images[1][:400]
+    some = digit_images[0][:200], digit_images[1][:200]
     epsilon = {"linf": 0.3, "l2": 2, "l1": 10}[norm]
     default = robust(robust_digit_model, some, PGD(), norm, epsilon)
     thorough = robust(robust_digit_model, some, PGD(steps=100, restarts=4), norm, epsilon)

@@ -167,7 +167,9 @@ GRADIENT: dict[str, Attack] = {
 
 
 @pytest.mark.parametrize("name", GRADIENT)
-@pytest.mark.parametrize(("classes", "epsilon"), [(2, 0.1), (2, 0.2), (4, 0.1)])
+@pytest.mark.parametrize(
+    ("classes", "epsilon"), [(2, 0.1), pytest.param(2, 0.2, marks=pytest.mark.slow), (4, 0.1)]
+)
 def test_what_can_be_broken_while_accepted_is_broken_and_nothing_else(
     name: str, classes: int, epsilon: float
 ) -> None:
@@ -241,6 +243,7 @@ def nearest(case: Case, norm: Norm) -> NDArray[np.float64]:
     return np.array(sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "attack"), [
     ("l2", CW(steps=400, step_size=0.05, binary_search_steps=6, initial_const=1)),
     ("l2", DDN(steps=300)),

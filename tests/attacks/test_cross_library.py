@@ -172,6 +172,7 @@ def strongest(model: nn.Module, x: Tensor, y: Tensor, norm: str, epsilon: float)
     return min(accuracy(model, result, y) for result in results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.1), ("l2", 1.5)])
 def test_with_random_starts_at_least_as_strong(
     norm: str, epsilon: float, digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]

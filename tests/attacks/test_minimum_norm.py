@@ -153,7 +153,10 @@ def test_fewest_pixels_of_colour_images() -> None:
 
 
 @pairs
-@pytest.mark.parametrize("variant", ["shift", "log-softmax", "scale up"])
+@pytest.mark.parametrize(
+    "variant",
+    ["shift", *(pytest.param(v, marks=pytest.mark.slow) for v in ("log-softmax", "scale up"))],
+)
 def test_no_disguise_of_the_logits_helps(name: str, norm: Norm, variant: str) -> None:
     attack = ATTACKS[name]
     if isinstance(attack, CW) and variant == "scale up":
@@ -340,9 +343,8 @@ FOOLBOX: dict[str, tuple[MinimumNorm, Norm, Callable[[], Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow) if c == "cw" else c for c in FOOLBOX]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FOOLBOX)
 def test_median_distances_are_no_longer_than_foolbox_finds(
     case: str, digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]
 ) -> None:

@@ -142,6 +142,7 @@ def test_breaks_what_can_be_broken(norm: Norm) -> None:
     assert not (broken & safe).any()
 
 
+@pytest.mark.slow
 @norms
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 10, 10)], ids=str)
 def test_as_strong_as_the_authors(norm: Norm, shape: tuple[int, int, int]) -> None:

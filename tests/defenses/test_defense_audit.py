@@ -13,6 +13,7 @@ from robustbench_local.evaluation import Audit, audit_victim
 from robustbench_local.gradients import is_randomized
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", WRAPS)
 def test_a_defense_attacked_as_it_should_be_is_not_flagged(choice: str) -> None:
     victim = victim_of(ready(choice, 1), 1)

@@ -2,7 +2,8 @@
 
 import copy
 from dataclasses import fields, is_dataclass, replace
-from itertools import permutations, product
+from itertools import combinations, product
+from typing import Any
 
 import pytest
 import torch
@@ -32,8 +33,21 @@ from robustbench_local.errors import UserError
 from robustbench_local.randomness import reseed
 from robustbench_local.training.step import Step
 
-ORDERED = list(permutations(WRAPS, 2))
+# Every pair in one order, every part now first and now second.
+PAIRS = [
+    (two, one) if (WRAPS.index(one) + WRAPS.index(two)) % 2 else (one, two)
+    for one, two in combinations(WRAPS, 2)
+]
 TRAINED = list(product([*RECIPES, *REGULARIZERS], WRAPS))
+
+
+def few_fast(pairs: list[tuple[str, str]], every: int) -> list[Any]:
+    """Each `every`th pair among the fast tests, the others among the slow ones."""
+    return [
+        pytest.param(*pair, marks=pytest.mark.slow if number % every else ())
+        for number, pair in enumerate(pairs)
+    ]
+
 
 UNFIT = {("randomized_smoothing", "art"): "ART failed .*Negative values"}
 """Wraps of which the second cannot take what the first returns: its trial says so."""
@@ -59,7 +73,7 @@ def test_lists_compose_in_the_order_given(order: int) -> None:
     assert list(node.recipe) == RECIPES[:1]
 
 
-@pytest.mark.parametrize(("first", "second"), ORDERED)
+@pytest.mark.parametrize(("first", "second"), few_fast(PAIRS, 7))
 def test_two_wraps_make_one_victim(first: str, second: str) -> None:
     defense = together(first, second, 3)
     if defense is None:
@@ -132,7 +146,7 @@ def in_training(part: object) -> object:
     return part
 
 
-@pytest.mark.parametrize(("training", "wrap"), TRAINED)
+@pytest.mark.parametrize(("training", "wrap"), few_fast(TRAINED, 5))
 def test_a_recipe_trains_the_network_behind_a_wrap(training: str, wrap: str) -> None:
     half = build_defense(settings(training))
     parts = {wrap: in_training(ready(wrap, 1).wrap[wrap])}

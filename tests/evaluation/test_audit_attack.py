@@ -93,6 +93,7 @@ def test_pgd_on_an_undefended_network_is_sound(digit_model, split):
     assert curve["robust_accuracy"] == sorted(curve["robust_accuracy"], reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attack",
     [
@@ -115,8 +116,8 @@ def test_other_sound_attacks_are_not_flagged(digit_model, split, attack):
         Cascade(
             parts={
                 "apgd_ce": APGD(steps=50),
-                "apgd_t": APGD(steps=30, loss="dlr_targeted"),
-                "square": Square(queries=1000),
+                "apgd_t": APGD(steps=20, loss="dlr_targeted"),
+                "square": Square(queries=500),
             }
         ),
     ],
@@ -124,7 +125,7 @@ def test_other_sound_attacks_are_not_flagged(digit_model, split, attack):
 )
 def test_adversarial_training_under_strong_attacks_is_sound(robust_digit_model, split, attack):
     threat = replace(LINF, epsilon=0.3)
-    checks = audited(robust_digit_model, attack, split, threat, config=replace(FULL, sample=60))
+    checks = audited(robust_digit_model, attack, split, threat, config=replace(FULL, sample=40))
     assert raised(checks) == set()
     assert 0.5 < checks["not_converged"].measured["robust_accuracy"] < 0.9
 
@@ -152,6 +153,7 @@ def test_steps_that_are_too_short(digit_model, split):
     assert checks["loss_still_falling"].measured["mean_drop"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_random_victim_and_one_sample(digit_model, split):
     """More steps on single noisy gradients go on finding more; averaged ones do not."""
     victim = Wrapped(Shaking(0.3), digit_model)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import interrupted_training
+import pytest
 import torch
 
 HERE = Path(__file__).parent
@@ -50,6 +51,7 @@ def test_a_killed_training_ends_with_the_same_bytes(tmp_path):
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_once(tmp_path):
     first = start(tmp_path, MEET_IN=str(tmp_path))
     wait_for(lambda: list(tmp_path.glob("started-*")))
