@@ -63,6 +63,7 @@ class ArtDetector(Detector):
     """
 
     called: ClassVar[str] = "art_detector"
+    foreign: ClassVar[bool] = True
 
     attack: Attack
     threat: ThreatModel
