@@ -5,7 +5,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -75,6 +75,9 @@ class ArtPreprocessor(Drawing):
     Raises `UserError` for names and parameters that ART does not have or that cannot work here, and
     where the result has another shape or leaves [0, 1].
     """
+
+    foreign: ClassVar[bool] = True
+    """The version of the library decides what comes out."""
 
     def __init__(
         self,

@@ -63,6 +63,7 @@ class ArtDetector(Detector):
     """
 
     called: ClassVar[str] = "art_detector"
+    foreign: ClassVar[bool] = True
 
     attack: Attack
     threat: ThreatModel
@@ -121,15 +122,20 @@ class ArtDetector(Detector):
                 }
             ),
         )
-        if shelf.find() is None:
+        about = shelf.find()
+        if about is None:
             with shelf.lock(workshop.console):
-                if shelf.find(repair=True) is None:
+                about = shelf.find(repair=True)
+                if about is None:
                     weights, seconds = self._train(workshop, classifier.model)
-                    shelf.write(weights, {"device": workshop.device.type, "seconds": seconds})
+                    facts = {"device": workshop.device.type, "seconds": seconds}
+                    about = shelf.write(weights, facts)
         with seeded(0, workshop.device):  # the initial weights are drawn, and then replaced
             network = self._build(workshop.data).to(workshop.device)
         network.load_state_dict(shelf.read())
-        return replace(self, network=network.eval().requires_grad_(False))
+        learned = {key: about[key] for key in ("key", "sha256", "seconds")}
+        learned |= {"validation": {}, "warnings": list(shelf.notes)}  # ART looks at none
+        return replace(self, network=network.eval().requires_grad_(False), learned=learned)
 
     def scorer(self) -> Scorer:
         """See the class."""

@@ -11,6 +11,7 @@ from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from robustbench_local.attacks import Attack
 from robustbench_local.defenses.denoiser_training import KEY, Behind, Denoising
+from robustbench_local.defenses.learned import learned_by
 from robustbench_local.defenses.preprocess import Preprocess
 from robustbench_local.defenses.settings import require_count
 from robustbench_local.identity import class_version
@@ -20,9 +21,6 @@ from robustbench_local.types import Images
 
 if TYPE_CHECKING:
     from robustbench_local.training.workshop import Workshop
-
-_MEANT = ("validation_at_chance", "cache_damaged")
-"""The warnings of a training that mean the same here; others judge a robust classifier."""
 
 
 class Residual(nn.Module):
@@ -117,7 +115,7 @@ class Denoiser(Preprocess):
         )
         self.network: nn.Module | None = None
         self.learned: Mapping[str, Any] = {}
-        """After `fit` what a record says of it: key, sha256, validation, seconds, warnings."""
+        """After `fit` what a record says of it, see `learned_by`."""
 
     def fit(self, workshop: "Workshop") -> Self:
         """The same denoiser, trained for `workshop.network`, which stays as it is."""
@@ -138,13 +136,7 @@ class Denoiser(Preprocess):
         )
         fitted = copy.deepcopy(self)
         fitted.network = trained.model.requires_grad_(False)
-        fitted.learned = {
-            "key": trained.key,
-            "sha256": trained.sha256,
-            "validation": trained.validation,
-            "seconds": trained.seconds,
-            "warnings": [each for each in trained.warnings if each.startswith(_MEANT)],
-        }
+        fitted.learned = learned_by(trained)
         return fitted
 
     def transform(self, x: Images) -> Images:

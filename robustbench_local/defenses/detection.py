@@ -85,6 +85,8 @@ class Detector(ABC):
 
     false_positive_rate: float = 0.05
     calibration: Calibration | None = field(default=None, repr=False, compare=False)
+    learned: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """After `fit`, where a network is trained, what a record says of it, see `learned_by`."""
 
     def __post_init__(self) -> None:
         rate = read_number(

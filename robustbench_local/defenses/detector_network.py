@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from robustbench_local.attacks import Attack
 from robustbench_local.data import Dataset, Split
 from robustbench_local.defenses.detection import Detector, Scorer
+from robustbench_local.defenses.learned import learned_by
 from robustbench_local.defenses.recipe import Recipe
 from robustbench_local.defenses.settings import require_count
 from robustbench_local.errors import UserError
@@ -77,7 +78,8 @@ class DetectorNetwork(Detector):
             },
             schedule=replace(workshop.schedule, epochs=self.epochs or workshop.schedule.epochs),
         )
-        return replace(self, network=trained.model.requires_grad_(False))
+        network = trained.model.requires_grad_(False)
+        return replace(self, network=network, learned=learned_by(trained))
 
     def scorer(self) -> Scorer:
         """See the class."""

@@ -1,6 +1,6 @@
 """The runs of a sweep side by side: what attacks make of a defense they ignore, or know."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,18 @@ from rich.table import Table
 
 from robustbench_local.files import atomic_path
 from robustbench_local.identity import content_id
-from robustbench_local.results.leaderboard import worst_case
+from robustbench_local.results.leaderboard import starred, victim_of, worst_case
 from robustbench_local.results.statistics import wilson
 from robustbench_local.results.store import Record, Store
 
-VICTIM = ("dataset", "model", "train", "defense")
-"""What names a row of the table, beside the training seed."""
+VICTIM = ("dataset", "model", "train", "defense", "seed")
+"""What names a row of the table."""
+
+MEASURED_ON = ("weights", "test")
+"""What else tells rows apart: hashes of the victim's weights and of the test images, shortened."""
+
+THREAT = ("norm", "epsilon", "access", "query_budget")
+"""What attacks have in common that count into one worst case, beside the row."""
 
 
 def compare(records: Sequence[Record], folder: str) -> Path:
@@ -35,26 +41,37 @@ def compare(records: Sequence[Record], folder: str) -> Path:
 def tabulate(store: Store, records: Sequence[Record]) -> pd.DataFrame:
     """A line for each victim, attack, threat model and awareness, and the worst case of each.
 
-    Columns: what names the victim, `seed`, `norm`, `epsilon`, `attack`, `awareness`, `clean`,
-    `robust` with its 95% Wilson limits `low` and `high`, `n`, `judge_draws`, `eot_samples` (draws
-    averaged by the attack; empty where it averages none), `flags`, how many of them are `severe`
-    (other than `oblivious`, which says nothing new here) and `run_id`.
+    Columns: those of `VICTIM`, `MEASURED_ON` and `THREAT`, `attack`, `awareness`, `clean`, `robust`
+    with its 95% Wilson limits `low` and `high`, `n`, `judge_draws`, `eot_samples` (draws averaged
+    by the attack; empty where it averages none), `flags` (a star marks severe ones), how many of
+    them are `severe` (other than `oblivious`, which says nothing new here) and `run_id`.
 
     The worst case (attack `worst_case`, awareness `any`) is taken per example over all attacks on
     the victim under the threat model, knowing of the defense or not, and then averaged; for a
-    random victim it is the strongest attack's mean. In order of the sweep.
+    random victim it is the strongest attack's mean. It has the flags of all. In order of the sweep.
     """
     lines: list[dict[str, Any]] = []
     groups: dict[tuple[object, ...], list[Record]] = {}
     for record in {record["run_id"]: record for record in records}.values():
-        labels = record["labels"]
-        name = (*(labels[key] for key in VICTIM), record["seed"], labels["norm"], labels["epsilon"])
-        groups.setdefault(name, []).append(record)
-    for name, group in groups.items():
-        common = dict(zip((*VICTIM, "seed", "norm", "epsilon"), name, strict=True))
+        groups.setdefault(tuple(_terms(record).values()), []).append(record)
+    for group in groups.values():
+        common = _terms(group[0])
         lines += [{**common, **_line(record)} for record in group]
         lines.append({**common, **_worst(store, group)})
     return pd.DataFrame(lines)
+
+
+def _terms(record: Record) -> dict[str, object]:
+    """What is comparable: the comparability key apart from awareness, and the very same victim."""
+    budget = record["config"]["threat"]["query_budget"]
+    return {
+        **{key: record["labels"][key] for key in VICTIM if key != "seed"},
+        "seed": record["seed"],
+        "weights": "+".join(sha256[:8] for sha256 in victim_of(record)),
+        "test": record["dataset"]["test_fingerprint"][:8],
+        **{key: record["labels"][key] for key in THREAT if key != "query_budget"},
+        "query_budget": "" if budget is None else budget,
+    }
 
 
 def _line(record: Record) -> dict[str, Any]:
@@ -70,10 +87,15 @@ def _line(record: Record) -> dict[str, Any]:
         "n": record["n"],
         "judge_draws": record["judge_draws"],
         "eot_samples": averaged.get("samples"),
-        "flags": " ".join(sorted(flag["name"] for flag in record["flags"])),
-        "severe": sum(flag["severe"] for flag in record["flags"] if flag["name"] != "oblivious"),
+        **_doubts([record]),
         "run_id": record["run_id"],
     }
+
+
+def _doubts(records: Sequence[Record]) -> dict[str, object]:
+    flags = [flag for record in records for flag in record["flags"]]
+    severe = {flag["name"] for flag in flags if flag["severe"]}
+    return {"flags": starred(flags), "severe": len(severe - {"oblivious"})}
 
 
 def _worst(store: Store, records: Sequence[Record]) -> dict[str, Any]:
@@ -87,40 +109,39 @@ def _worst(store: Store, records: Sequence[Record]) -> dict[str, Any]:
         "low": low,
         "high": high,
         "eot_samples": None,
-        "flags": "",
-        "severe": 0,
+        **_doubts(records),
         "run_id": " ".join(str(record["run_id"]) for record in records),
     }
 
 
 def _show(table: pd.DataFrame, console: Console, path: Path) -> None:
     """A row for each victim, a column for each attack: oblivious / adaptive where both ran."""
-    threats = table[["norm", "epsilon"]].drop_duplicates()
     title = ", ".join(str(name) for name in table["dataset"].unique())
     shown = Table(title=escape(f"{title}: robust accuracy in %"), title_justify="left")
-    told = [key for key in (*VICTIM[1:], "seed") if table[key].nunique() > 1] or ["defense"]
+    told = _telling(table)
     for key in told:
         shown.add_column(key, overflow="fold")
     shown.add_column("clean", justify="right")
-    columns = table[["attack", "norm", "epsilon"]].drop_duplicates()
+    heads = [*THREAT, "attack"]
+    columns = table[heads].drop_duplicates()
+    columns = columns.sort_values("attack", key=lambda name: name == "worst_case", kind="stable")
+    for _, column in columns.iterrows():
+        name = " ".join([str(column["attack"]), *_threat(column, table)])
+        shown.add_column(escape(name.replace("_", " ")), justify="right")
     both = bool((table["awareness"] == "oblivious").any())
-    heads = []
-    for _, column in columns.sort_values("attack", key=lambda name: name == "worst_case",
-                                         kind="stable").iterrows():  # fmt: skip
-        threat = f" {column['norm']} {column['epsilon']:.3g}" if len(threats) > 1 else ""
-        heads.append(column)
-        shown.add_column(f"{column['attack']}{threat}".replace("_", " "), justify="right")
-    for _, victim in table.groupby([*VICTIM, "seed"], sort=False):
+    for _, victim in table.groupby([*VICTIM, *MEASURED_ON], sort=False):
         cells = [escape(str(victim.iloc[0][key])) for key in told]
         cells.append(f"{100 * victim['clean'].iloc[0]:.1f}")
-        for head in heads:
-            same = (victim[["attack", "norm", "epsilon"]] == head).all(axis=1)
+        for _, column in columns.iterrows():
+            same = (victim[heads] == column).all(axis=1)
             cells.append(_cell(victim[same], both=both))
         shown.add_row(*cells)
     console.print(shown)
     widest = float((table["high"] - table["low"]).max()) / 2
     n = " or ".join(str(count) for count in sorted(table["n"].unique()))
     reading = "each cell: attack that ignores the defense / that knows it; " if both else ""
+    if table.duplicated([*VICTIM, *MEASURED_ON, *heads, "awareness"]).any():
+        reading += "several figures: runs that differ in what no name says, in order of the sweep; "
     console.print(
         f"{reading}n = {n}, 95% intervals at most +-{100 * widest:.1f} points; * a severe flag: "
         f"see {escape(str(path))}",
@@ -128,13 +149,35 @@ def _show(table: pd.DataFrame, console: Console, path: Path) -> None:
     )
 
 
+def _telling(table: pd.DataFrame) -> list[str]:
+    """The keys that tell the rows apart."""
+    rows = table.drop_duplicates([*VICTIM, *MEASURED_ON])
+    told = [key for key in (*VICTIM, "n") if rows[key].nunique() > 1] or ["defense"]
+    if rows.duplicated(told).any():
+        told += [key for key in MEASURED_ON if rows[key].nunique() > 1]
+    return told
+
+
+def _threat(column: pd.Series, table: pd.DataFrame) -> list[str]:
+    """What a heading has to say of the threat model: what is not the same everywhere."""
+    words = []
+    if len(table[["norm", "epsilon"]].drop_duplicates()) > 1:
+        words += [str(column["norm"]), f"{column['epsilon']:.3g}"]
+    if table["access"].nunique() > 1:
+        words.append(str(column["access"]))
+    if table["query_budget"].nunique() > 1:
+        words.append(f"{column['query_budget'] or 'unlimited'} queries")
+    return words
+
+
 def _cell(lines: pd.DataFrame, *, both: bool) -> str:
-    found: Mapping[str, str] = {
-        str(line["awareness"]): f"{100 * line['robust']:.1f}{'*' if line['severe'] else ''}"
-        for _, line in lines.iterrows()
-    }
-    if "any" in found:
-        return found["any"]
+    found: dict[str, list[str]] = {}
+    for _, line in lines.iterrows():
+        figure = f"{100 * line['robust']:.1f}{'*' if line['severe'] else ''}"
+        found.setdefault(str(line["awareness"]), []).append(figure)
+    told = {awareness: ", ".join(figures) for awareness, figures in found.items()}
+    if "any" in told:
+        return told["any"]
     if not both:
-        return found.get("adaptive", "-")
-    return f"{found.get('oblivious', '=')} / {found.get('adaptive', '-')}"
+        return told.get("adaptive", "-")
+    return f"{told.get('oblivious', '=')} / {told.get('adaptive', '-')}"

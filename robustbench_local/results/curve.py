@@ -6,6 +6,7 @@ from pathlib import Path
 
 from robustbench_local.files import atomic_path
 from robustbench_local.identity import content_id
+from robustbench_local.results.leaderboard import strongest, victim_of
 from robustbench_local.results.store import Record, Store
 
 _ALONE = ("dataset", "model", "train", "defense", "norm", "access", "awareness")
@@ -15,7 +16,8 @@ def draw_curve(store: Store, records: Sequence[Record]) -> Path:
     """A PNG below `curves/` with every recorded point of the records' victim and threat norm.
 
     One line for each attack, its 95% Wilson interval as a band, and the clean accuracy at 0. The
-    points are those measured on the same weights and the same test images.
+    points are those measured on the same weights and the same test images; of several runs of one
+    point counts what counts in the leaderboard.
     """
     # Drawing needs no screen; imported here since most runs draw nothing.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,9 +25,9 @@ def draw_curve(store: Store, records: Sequence[Record]) -> Path:
 
     first = records[0]
     kin = [record for record in store.all() if _kinship(record) == _kinship(first)]
-    lines: dict[str, dict[float, Record]] = defaultdict(dict)
+    lines: dict[str, dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in sorted(kin, key=lambda record: str(record["finished"])):
-        lines[record["labels"]["attack"]][record["labels"]["epsilon"]] = record
+        lines[record["labels"]["attack"]][record["labels"]["epsilon"]].append(record)
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -34,7 +36,7 @@ def draw_curve(store: Store, records: Sequence[Record]) -> Path:
         points = lines[attack]
         radii = [0.0, *sorted(radius for radius in points if radius > 0)]
         accuracies = [first["clean_accuracy"]]
-        accuracies += [points[radius]["robust_accuracy"] for radius in radii[1:]]
+        accuracies += [strongest(points[radius])["robust_accuracy"] for radius in radii[1:]]
         (line,) = axes.plot(radii, [a["value"] for a in accuracies], marker="o", label=attack)
         low, high = ([a[end] for a in accuracies] for end in ("low", "high"))
         axes.fill_between(radii, low, high, alpha=0.2, color=line.get_color())
@@ -55,7 +57,7 @@ def draw_curve(store: Store, records: Sequence[Record]) -> Path:
 def _kinship(record: Record) -> dict[str, object]:
     """What the points of one picture have in common."""
     return {
-        "weights": record["weights"]["sha256"],
+        "weights": victim_of(record),
         "test": record["dataset"]["test_fingerprint"],
         "query_budget": record["config"]["threat"]["query_budget"],
         **{key: record["labels"][key] for key in _ALONE},

@@ -1,8 +1,9 @@
 """The leaderboard: folded from the records, never edited, replaced as a whole."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,11 @@ ROW = ("dataset", "model", "train", "defense", "norm", "epsilon", "access", "awa
 """What names a line of the leaderboard, beside its comparability key."""
 
 _ENDS = ("", "_low", "_high")
+
+_SAMPLE_SIZES = frozenset(
+    {"images", "passes", "sample", "black_box_queries", "noise_draws", "frozen_images"}
+)
+"""Settings of an audit of which more is closer."""
 
 
 def write_leaderboard(store: Store) -> Path:
@@ -59,55 +65,143 @@ def fold(store: Store) -> pd.DataFrame:
 def _line(store: Store, records: list[Record]) -> dict[str, object]:
     """Everything known about one defended model under one threat model.
 
-    Of an attack run twice with the same seed the latest counts, and of a seed only what was
-    measured on its latest weights. The seeds that have met every attack of the line count, and are
-    averaged; while none has, all do, `worst_case` is that of the worst seed, and the line is
-    `incomplete`. So `worst_case`, per example over the attacks of a seed and then averaged, is
-    never above any attack's column. The limits stay those of one test set.
+    - Of a seed counts what was measured on its latest weights (`victim_of`).
+    - Of an attack run again the latest counts, but weaker evidence replaces nothing: of runs with
+      other draws of a random victim the lowest robust accuracy counts (`strongest`), and a flag of
+      any of them stands until its check finds nothing (`_standing`).
+    - The seeds that have met every attack of the line count, and are averaged; while none has, all
+      do, `worst_case` is that of the worst seed, and the line is `incomplete`. So `worst_case`, per
+      example over the attacks of a seed and then averaged, is never above any attack's column. The
+      limits stay those of one test set.
     """
-    cells: dict[int, dict[str, Record]] = defaultdict(dict)
-    for record in sorted(records, key=lambda record: str(record["finished"])):
-        met = cells[record["seed"]]
-        weights = record["weights"]["sha256"]
-        if any(other["weights"]["sha256"] != weights for other in met.values()):
-            met.clear()
-        met[record["labels"]["attack"]] = record
-    attacks = sorted({attack for met in cells.values() for attack in met})
-    complete = {seed: met for seed, met in cells.items() if len(met) == len(attacks)}
-    counted = complete or cells
-    used = [record for met in counted.values() for record in met.values()]
+    runs = _runs(records)
+    attacks = sorted({attack for met in runs.values() for attack in met})
+    complete = {seed: met for seed, met in runs.items() if len(met) == len(attacks)}
+    counted = complete or runs
+    cells = {
+        seed: {attack: strongest(same) for attack, same in met.items()}
+        for seed, met in counted.items()
+    }
+    used = [record for cell in cells.values() for record in cell.values()]
+    doubts = [
+        doubt for met in counted.values() for same in met.values() for doubt in _standing(same)
+    ]
 
     first = used[0]
     line: dict[str, object] = {key: first["labels"][key] for key in ROW}
     line |= {"n": first["n"], "comparability": first["comparability"]}
     line["seeds"] = " ".join(map(str, sorted(counted)))
-    line["run_ids"] = " ".join(sorted(record["run_id"] for record in used))
-    severe = {flag["name"] for record in used for flag in record["flags"] if flag["severe"]}
-    names = {flag["name"] for record in used for flag in record["flags"]}
-    line["flags"] = " ".join(sorted(names))
-    ranking = [record for record in used if record["labels"]["attack"] in RANKING_ATTACKS]
-    withheld = any(not _answers(ranking, name) for name in severe)
-    line["status"] = _status(ranking=bool(ranking), complete=bool(complete), withheld=withheld)
+    behind = [*used, *(doubt.record for doubt in doubts if doubt.flag["severe"])]
+    line["run_ids"] = " ".join(sorted({record["run_id"] for record in behind}))
+    line["flags"] = starred(doubt.flag for doubt in doubts)
+    ranking = any(record["labels"]["attack"] in RANKING_ATTACKS for record in used)
+    withheld = any(_is_withheld(met) for met in counted.values())
+    line["status"] = _status(ranking=ranking, complete=bool(complete), withheld=withheld)
 
     def put(measure: str, value: float) -> None:
         interval: Interval = wilson(value * first["n"], first["n"])
         line.update(zip((f"{measure}{end}" for end in _ENDS), interval, strict=True))
 
-    clean = [next(iter(met.values()))["clean_accuracy"]["value"] for met in counted.values()]
+    clean = [next(iter(cell.values()))["clean_accuracy"]["value"] for cell in cells.values()]
     put("clean_accuracy", float(np.mean(clean)))
     for attack in attacks:
-        met_by = [met[attack] for met in counted.values() if attack in met]
+        met_by = [cell[attack] for cell in cells.values() if attack in cell]
         put(attack, float(np.mean([record["robust_accuracy"]["value"] for record in met_by])))
-    worst = [worst_case(store, list(met.values())) for met in counted.values()]
+    worst = [worst_case(store, list(cell.values())) for cell in cells.values()]
     put("worst_case", float(np.mean(worst) if complete else np.min(worst)))
     return line
 
 
-def _answers(ranking: Sequence[Record], name: str) -> bool:
-    """Whether a doubt is about one attack, and another that ranks the row does not have it."""
-    return name in OF_THE_ATTACK and any(
-        all(flag["name"] != name for flag in record["flags"]) for record in ranking
+def _runs(records: Sequence[Record]) -> dict[int, dict[str, list[Record]]]:
+    """For each seed and attack its runs on the latest weights of the seed, in order of time."""
+    runs: dict[int, dict[str, list[Record]]] = {}
+    for record in sorted(records, key=lambda record: str(record["finished"])):
+        met = runs.setdefault(record["seed"], {})
+        if any(victim_of(other[-1]) != victim_of(record) for other in met.values()):
+            met.clear()
+        met.setdefault(record["labels"]["attack"], []).append(record)
+    return runs
+
+
+def victim_of(record: Record) -> tuple[str, ...]:
+    """The hashes of all weights: those of the network, and of what its defense learned itself."""
+    learned = record.get("learned", {})
+    return (record["weights"]["sha256"], *(learned[name]["sha256"] for name in sorted(learned)))
+
+
+def strongest(runs: Sequence[Record]) -> Record:
+    """What counts of one attack on one victim; `runs` are in order of time.
+
+    The latest, unless runs differ in the draws of a random victim, by the judge or averaged by the
+    attack, which no label names: then the lowest robust accuracy among the latest of each.
+    """
+    latest = {
+        (record["judge_draws"], (record.get("eot") or {}).get("samples")): record for record in runs
+    }
+    return min(latest.values(), key=lambda record: float(record["robust_accuracy"]["value"]))
+
+
+class _Doubt(NamedTuple):
+    """A flag, and the record that raised it."""
+
+    flag: Mapping[str, Any]
+    record: Record
+
+
+def _standing(runs: Sequence[Record]) -> list[_Doubt]:
+    """The flags of one attack on one victim, run several times; in order of time.
+
+    A flag stands until a later run makes the check as closely and finds nothing; a check that was
+    left out takes nothing back. A severe finding is not replaced by a mild one.
+    """
+    standing: dict[str, _Doubt] = {}
+    for record in runs:
+        for name in _cleared(record):
+            if name in standing and _looks_as_closely(record, standing[name].record):
+                del standing[name]
+        for flag in record["flags"]:
+            if flag["severe"] or flag["name"] not in standing:
+                standing[flag["name"]] = _Doubt(flag, record)
+    return list(standing.values())
+
+
+def _cleared(record: Record) -> set[str]:
+    """The checks that were made and found nothing; records before version 4 do not say."""
+    checks = record.get("audit", {}).get("checks", [])
+    return {check["name"] for check in checks if check["raised"] is False}
+
+
+def _looks_as_closely(later: Record, earlier: Record) -> bool:
+    """Whether the audit of a run had the settings of an earlier one, or larger samples."""
+    now, then = (record["config"].get("audit", {}) for record in (later, earlier))
+    return all(
+        now.get(key) == value or (key in _SAMPLE_SIZES and now.get(key, 0) > value)
+        for key, value in then.items()
+        if key != "level"
     )
+
+
+def _is_withheld(met: Mapping[str, Sequence[Record]]) -> bool:
+    """Whether a severe doubt about a seed, by its attacks, is unanswered.
+
+    A doubt about one attack is answered by a ranking one that no severe flag doubts, and that was
+    found free of this very doubt.
+    """
+    severe = {
+        attack: {doubt.flag["name"] for doubt in _standing(runs) if doubt.flag["severe"]}
+        for attack, runs in met.items()
+    }
+    trusted = [attack for attack in met if attack in RANKING_ATTACKS and not severe[attack]]
+    cleared = {name for attack in trusted for record in met[attack] for name in _cleared(record)}
+    return not set().union(*severe.values()) <= cleared & OF_THE_ATTACK
+
+
+def starred(flags: Iterable[Mapping[str, Any]]) -> str:
+    """The names of flags, each once, with a star where one of that name is severe."""
+    severe: dict[str, bool] = {}
+    for flag in flags:
+        severe[flag["name"]] = severe.get(flag["name"], False) or flag["severe"]
+    return " ".join(f"{name}*" if severe[name] else name for name in sorted(severe))
 
 
 def _status(*, ranking: bool, complete: bool, withheld: bool) -> str:

@@ -43,7 +43,7 @@ def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.devic
     The resolved configuration without folders and `force`; the content of the data, of a given
     checkpoint and of the models to transfer from in place of their paths; the kind of device; this
     package's code and that of every class from elsewhere that the configuration names; the versions
-    of the attack libraries where one of them does the work.
+    of the attack libraries where one of them does the work, in the attack or in the defense.
     """
     decides = {key: value for key, value in settings.items() if key not in ("paths", "force")}
     decides["dataset"] = {
@@ -53,7 +53,7 @@ def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.devic
     }
     code = {name: _code_of(name) for name in sorted(set(_targets(settings)))}
     decides["device"] = device.type
-    if _is_foreign(decides["attack"]):
+    if _is_foreign({"attack": decides["attack"], "defense": decides["defense"]}):
         decides["libraries"] = library_versions()
     model = dict(decides["model"])
     if model.get("checkpoint"):
@@ -212,7 +212,7 @@ def _targets(node: object) -> Iterator[str]:
 
 
 def _is_foreign(node: object) -> bool:
-    """Whether an attack, or one inside it, is another library's."""
+    """Whether an attack or a part of a defense, or one inside it, is another library's."""
     if not isinstance(node, Mapping):
         return False
     name = node.get("_target_")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from robustbench_local.results.leaderboard import starred
 from robustbench_local.results.store import Record
 
 
@@ -49,6 +50,8 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
         _show_audit(record, console, several=len(records) > 1)
     for sentence in dict.fromkeys(sentence for record in records for sentence in doubts(record)):
         console.print(f"[yellow]note[/yellow] {escape(sentence)}", soft_wrap=True)
+    if any(flag["severe"] for record in records for flag in record["flags"]):
+        console.print("* a severe flag: it withholds the rank", soft_wrap=True)
     state = "recorded" if recorded == 0 else f"{recorded} of {len(records)} recorded before"
     if recorded == len(records):
         state = "recorded before, not run again (force=true runs it)"
@@ -155,8 +158,8 @@ def _plain(value: object) -> str:
 
 
 def doubts(record: Record) -> list[str]:
-    """Every sentence of a record that a reader of its numbers should know."""
-    flags = [f"{flag['name']}: {flag['why']}" for flag in record["flags"]]
+    """Every sentence of a record that a reader of its numbers should know; a star: severe."""
+    flags = [f"{starred([flag])}: {flag['why']}" for flag in record["flags"]]
     # The flag `subset` says what the note of the dataset says.
     notes = [note for note in record["dataset"]["notes"] if not note.startswith("subset:")]
     learned = [told for about in record.get("learned", {}).values() for told in about["warnings"]]

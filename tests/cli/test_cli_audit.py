@@ -45,9 +45,8 @@ def test_every_check_is_recorded_and_shown(cli):
     for name, check in checks.items():
         assert name in out
         assert check["why"][:40] in out
-    assert pd.read_csv("results/leaderboard.csv").loc[0, "flags"] == " ".join(
-        sorted(flag["name"] for flag in raised)
-    )
+    told = sorted(flag["name"] + "*" * flag["severe"] for flag in raised)
+    assert pd.read_csv("results/leaderboard.csv").loc[0, "flags"] == " ".join(told)
 
 
 def test_the_cheap_level_says_what_it_left_out(cli):

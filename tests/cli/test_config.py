@@ -37,6 +37,16 @@ def attack_of(config, samples=1):
     return build_attack({"attack": OmegaConf.to_container(config.attack, resolve=True)}, samples)
 
 
+def test_readme_names_every_group_and_every_experiment():
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    rows = {row.split("`")[1]: row for row in lines if row.startswith("| `")}
+    assert set(GROUPS) <= rows.keys()
+    said = rows["experiment"].split("|")[2]
+    assert {name.strip(" `") for name in said.split(",")} == {
+        path.stem for path in (CONF / "experiment").glob("*.yaml")
+    }
+
+
 @pytest.mark.parametrize(("group", "choice"), FILES)
 def test_every_file_builds_what_its_group_means(group, choice):
     config = composed(f"{group}={choice}")

@@ -19,6 +19,7 @@ from robustbench_local.defenses.detector_network import TellApart
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation import Judging, evaluate
 from robustbench_local.gradients import pristine
+from robustbench_local.identity import file_sha256
 from robustbench_local.oracle import Oracle
 from robustbench_local.results.metrics import measure_detection
 from robustbench_local.threat import ThreatModel
@@ -99,6 +100,9 @@ def test_it_is_trained_once_from_its_seed_alone(
         return detector.fit(given).scorer()(classifier, x, classifier(x))
 
     once = scores(workshop)
+    told = Defense(wrap={"it": detector.fit(workshop)}).learned["it"]
+    file = next(path for path in workshop.cache.rglob("*.safetensors") if path.stem == told["key"])
+    assert told["sha256"] == file_sha256(file) and told["warnings"] == []
     files = sorted(path for path in workshop.cache.rglob("*.safetensors"))
     changed = [path.stat().st_mtime_ns for path in files]
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()

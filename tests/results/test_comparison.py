@@ -2,7 +2,7 @@
 
 from io import StringIO
 
-import numpy as np
+import pandas as pd
 import pytest
 from rich.console import Console
 from test_leaderboard import add
@@ -72,18 +72,130 @@ def test_what_a_person_reads(store, tmp_path):
     _show(tabulate(store, records), console, tmp_path / "x.csv")
     text = console.export_text()
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if "│" in line}
-    assert "100.0 / 25.0*" in rows["jpeg"] and rows["jpeg"].split("│")[-2].strip() == "25.0"
+    assert "100.0 / 25.0*" in rows["jpeg"] and rows["jpeg"].split("│")[-2].strip() == "25.0*"
     assert "= / 0.0" in rows["none"]
     assert "n = 4" in text and "x.csv" in text.replace("\n", "")
 
 
+def shown(store, records):
+    """The cells of the printed table, a row as a list, the heading first; and all that is said."""
+    console = Console(width=200, record=True, file=StringIO())
+    _show(tabulate(store, records), console, store.folder / "x.csv")
+    text = console.export_text()
+    rows = [line.replace("┃", "│").split("│") for line in text.splitlines() if line[0] in "┃│"]
+    return [[cell.strip() for cell in row[1:-1]] for row in rows], text
+
+
+def test_a_worst_case_carries_the_doubts_of_its_attacks(store):
+    """But not that an attack was oblivious, which the column says."""
+    records = [
+        written(store, "a", [1, 1], defense="jpeg", attack="pgd", awareness="oblivious",
+                flags=[("oblivious", True), ("subset", False)]),
+        written(store, "b", [1, 0], defense="jpeg", attack="pgd", flags=[("randomized", True)]),
+        written(store, "c", [1, 0], defense="jpeg", attack="fgsm", flags=[("randomized", True)]),
+    ]  # fmt: skip
+    worst = tabulate(store, records).iloc[-1]
+    assert (worst["severe"], worst["flags"]) == (1, "oblivious* randomized* subset")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "heads"),
+    [
+        ({"access": "scores"}, {"access": "gradients"}, ["square scores", "square gradients"]),
+        (
+            {"query_budget": None},
+            {"query_budget": 50},
+            ["square unlimited queries", "square 50 queries"],
+        ),
+    ],
+)
+def test_attacks_that_may_do_more_have_a_column_and_a_worst_case_of_their_own(
+    store, one, other, heads
+):
+    records = [
+        written(store, "a", [1, 0], defense="none", attack="square", **one),
+        written(store, "b", [0, 1], defense="none", attack="square", **other),
+    ]
+    table = tabulate(store, records)
+    worst = table[table["attack"] == "worst_case"]
+    assert list(worst["robust"]) == [0.5, 0.5] and list(worst["run_id"]) == ["a", "b"]
+    (heading, row), _ = shown(store, records)
+    assert heading[2:4] == heads and row[2:] == ["50.0"] * 4
+
+
+def test_runs_that_no_name_tells_apart_are_all_shown(store):
+    """A sweep over what is in no label, such as judge_draws."""
+    random = {"defense": "noise", "attack": "pgd"}
+    records = [
+        written(store, "a", [1, 0.8], judge_draws=10, **random),
+        written(store, "b", [1, 0], judge_draws=1, flags=[("randomized", True)], **random),
+        written(store, "c", [1, 1], judge_draws=10, awareness="oblivious", **random),
+    ]
+    (_, row), text = shown(store, records)
+    assert row[-2:] == ["100.0 / 90.0, 50.0*", "50.0*"]
+    assert "several figures" in text
+    assert "several figures" not in shown(store, records[1:])[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "told"),
+    [
+        ("weights", ("a" * 64, "b" * 64), ["a" * 8, "b" * 8]),
+        ("learned", ({"denoiser": "a" * 64}, {"denoiser": "b" * 64}),
+         ["same+aaaaaaaa", "same+bbbbbbbb"]),
+        ("test", ("a" * 64, "b" * 64), ["a" * 8, "b" * 8]),
+    ],
+)  # fmt: skip
+def test_other_weights_or_test_images_are_other_rows(store, key, values, told):
+    records = [
+        written(store, run_id, robust, defense="none", attack="pgd", **{key: value})
+        for run_id, robust, value in zip("ab", ([1, 0], [0, 0]), values, strict=True)
+    ]
+    (_, *rows), _ = shown(store, records)
+    assert rows == [["none", told[0], "100.0", "50.0", "50.0"],
+                    ["none", told[1], "100.0", "0.0", "0.0"]]  # fmt: skip
+
+
+def test_a_sweep_over_the_size_of_the_test_set_has_a_row_for_each(store):
+    records = [
+        written(store, "a", [1, 0], defense="none", attack="pgd", test="few"),
+        written(store, "b", [1, 1, 1, 0], defense="none", attack="pgd", test="many"),
+    ]
+    (heading, *rows), text = shown(store, records)
+    assert heading == ["n", "clean", "pgd", "worst case"]
+    assert rows == [["2", "100.0", "50.0", "50.0"], ["4", "100.0", "75.0", "75.0"]]
+    assert "n = 2 or 4" in text
+
+
 def test_the_file_holds_every_figure(store):
     records = [
-        written(store, name, np.full(20, value), defense="none", attack=name)
-        for name, value in (("fgsm", 1), ("pgd", 0))
-    ]
+        written(store, "a", [1, 1, 1, 0], clean=[1, 1, 1, 0], defense="none", attack="fgsm"),
+        written(store, "b", [0.5, 0.5, 0, 0], defense="none", attack="pgd", awareness="oblivious",
+                judge_draws=10, averaged=20, flags=[("oblivious", True), ("randomized", True)]),
+    ]  # fmt: skip
     path = compare(records, str(store.folder))
     assert path.parent.name == "comparisons"
-    lines = path.read_text().splitlines()
-    assert len(lines) == 4 and lines[0].startswith("dataset,model,train,defense,seed")
     assert compare(records, str(store.folder)) == path
+    common = {
+        "dataset": "mnist", "model": "small_cnn", "train": "mnist", "defense": "none", "seed": 0,
+        "weights": "same", "test": "the test", "norm": "linf", "epsilon": 0.3,
+        "access": "gradients", "query_budget": "", "n": 4,
+    }  # fmt: skip
+    columns = (
+        "attack", "awareness", "clean", "robust", "low", "high", "judge_draws", "eot_samples",
+        "flags", "severe", "run_id",
+    )  # fmt: skip
+    none, one = wilson(3, 4), wilson(1, 4)
+    expected = [
+        ("fgsm", "adaptive", 0.75, *none, 1, "", "", 0, "a"),
+        ("pgd", "oblivious", 1.0, *one, 10, 20.0, "oblivious* randomized*", 1, "b"),
+        ("worst_case", "any", 0.75, *one, 1, "", "oblivious* randomized*", 1, "a b"),
+    ]
+    read = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+    assert read == [
+        {
+            key: str(value)
+            for key, value in {**common, **dict(zip(columns, line, strict=True))}.items()
+        }
+        for line in expected
+    ]

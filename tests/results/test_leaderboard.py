@@ -34,10 +34,19 @@ def record(
     seed=0,
     finished="2026-01-01T00:00:00",
     flags=(),
+    cleared=(),
     judge_draws=1,
+    averaged=None,
+    audit=None,
+    learned=None,
+    test="the test images",
+    query_budget=None,
     **labels,
 ):
+    """Checks are `flags`, (name, severe) each, and those `cleared`; no others were made."""
     n = len(outcome.labels)
+    raised = [{"name": name, "severe": severe, "raised": True} for name, severe in flags]
+    found_nothing = [{"name": name, "severe": True, "raised": False} for name in cleared]
     names = {
         "dataset": "mnist", "model": "small_cnn", "train": "mnist", "defense": "none",
         "norm": "linf", "epsilon": 0.3, "access": "gradients", "awareness": "adaptive",
@@ -54,7 +63,15 @@ def record(
         "clean_accuracy": wilson(outcome.clean_correct.sum(), n)._asdict(),
         "robust_accuracy": wilson(outcome.robust_correct.sum(), n)._asdict(),
         "judge_draws": judge_draws,
-        "flags": [{"name": name, "severe": severe} for name, severe in flags],
+        "eot": averaged and {"samples": averaged},
+        "flags": raised,
+        "audit": {"checks": [*raised, *found_nothing, {"name": "left_out", "raised": None}]},
+        "learned": {name: {"sha256": sha256} for name, sha256 in (learned or {}).items()},
+        "dataset": {"test_fingerprint": test},
+        "config": {
+            "audit": {"level": "full", "sample": 100, "spread": 1e-4, **(audit or {})},
+            "threat": {"query_budget": query_budget},
+        },
     }
 
 
@@ -105,18 +122,80 @@ def test_while_no_seed_has_met_every_attack_the_worst_seed_stands(store):
     assert line["worst_case"] <= min(line["standard"], line["noise"])
 
 
-def test_two_networks_never_share_a_cell(store):
-    add(store, "a", [0, 0], attack="fgsm", weights="old", finished="2026-01-01T00:00:00")
-    add(store, "b", [1, 0], attack="pgd", weights="new", finished="2026-01-02T00:00:00")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"weights": "old"}, {"weights": "new"}),
+        ({"learned": {"denoiser": "old"}}, {"learned": {"denoiser": "new"}}),
+        ({}, {"learned": {"denoiser": "new"}}),
+    ],
+)
+def test_two_networks_never_share_a_cell(store, old, new):
+    """Neither two classifiers nor two denoisers in front of one."""
+    add(store, "a", [0, 0], attack="fgsm", finished="2026-01-01T00:00:00", **old)
+    add(store, "b", [1, 0], attack="pgd", finished="2026-01-02T00:00:00", **new)
     (line,) = fold(store).to_dict("records")
     assert (line["worst_case"], line["run_ids"]) == (0.5, "b")
 
 
 def test_a_cell_run_twice_counts_once_the_latest(store):
+    """A run is named by the code too: what was mended since counts."""
     add(store, "old", [0, 0], finished="2026-01-01T00:00:00")
     add(store, "new", [1, 1], finished="2026-01-02T00:00:00")
     (line,) = fold(store).to_dict("records")
     assert (line["pgd"], line["run_ids"]) == (1.0, "new")
+
+
+def test_weaker_evidence_about_a_random_victim_replaces_nothing(store):
+    """Draws of the judge and draws averaged are in no name: the lowest of the latest counts."""
+    days = (f"2026-01-{day:02}T00:00:00" for day in range(1, 9))
+    add(store, "a", [0.0, 0.0], judge_draws=10, averaged=80, finished=next(days))
+    add(store, "b", [0.4, 0.2], judge_draws=10, averaged=80, finished=next(days))
+    add(store, "fewer", [0.9, 0.9], judge_draws=10, averaged=20, finished=next(days))
+    add(store, "once", [1, 1], judge_draws=1, averaged=80, finished=next(days))
+    (line,) = fold(store).to_dict("records")
+    assert (line["pgd"], line["worst_case"], line["run_ids"]) == (
+        pytest.approx(0.3), pytest.approx(0.3), "b",
+    )  # fmt: skip
+    add(store, "more", [0.2, 0.2], judge_draws=10, averaged=160, finished=next(days))
+    (line,) = fold(store).to_dict("records")
+    assert (line["pgd"], line["run_ids"]) == (pytest.approx(0.2), "more")
+
+
+@pytest.mark.parametrize(
+    ("later", "status"),
+    [
+        ({}, "withheld"),  # audit=cheap: the check was left out
+        ({"judge_draws": 10}, "withheld"),
+        ({"cleared": ["noise_as_strong"]}, "withheld"),
+        ({"cleared": ["weaker_than_fgsm"]}, "ranked"),
+        ({"cleared": ["weaker_than_fgsm"], "audit": {"level": "cheap"}}, "ranked"),
+        ({"cleared": ["weaker_than_fgsm"], "audit": {"sample": 200}}, "ranked"),
+        ({"cleared": ["weaker_than_fgsm"], "audit": {"sample": 5}}, "withheld"),
+        ({"cleared": ["weaker_than_fgsm"], "audit": {"spread": 1.0}}, "withheld"),
+        ({"flags": [("weaker_than_fgsm", False)]}, "withheld"),
+    ],
+)
+def test_a_severe_flag_stands_until_the_same_check_finds_nothing(store, later, status):
+    """Running the attack again with less checking takes no doubt back."""
+    severe = [("weaker_than_fgsm", True), ("subset", False)]
+    add(store, "full", [1, 1], attack="standard", flags=severe, finished="2026-01-01T00:00:00")
+    add(store, "later", [1, 1], attack="standard", finished="2026-01-02T00:00:00", **later)
+    (line,) = fold(store).to_dict("records")
+    withheld = status == "withheld"
+    assert line["status"] == status
+    assert ("weaker_than_fgsm*" in line["flags"].split()) == withheld
+    assert ("full" in line["run_ids"].split()) == withheld  # where the doubt can be read
+
+
+def test_a_flag_that_comes_back_stands(store):
+    for day, found in enumerate(("flags", "cleared", "flags"), 1):
+        how = {"flags": [("zero_gradient", True)]} if found == "flags" else {
+            "cleared": ["zero_gradient"]
+        }  # fmt: skip
+        add(store, f"{day}", [1, 1], attack="standard", finished=f"2026-01-0{day}", **how)
+    (line,) = fold(store).to_dict("records")
+    assert (line["status"], line["run_ids"]) == ("withheld", "3")
 
 
 def test_sorted_by_worst_case_within_a_comparability_key(store):
@@ -132,7 +211,7 @@ def test_a_severe_flag_withholds_the_rank(store):
     table = fold(store).set_index("defense")
     assert table.loc["good", "status"] == "ranked"
     assert table.loc["none", "status"] == "withheld"
-    assert table.loc["none", "flags"] == "subset zero_gradient"
+    assert table.loc["none", "flags"] == "subset zero_gradient*"
 
 
 @pytest.mark.parametrize(
@@ -155,15 +234,34 @@ def test_a_cascade_that_fits_the_victim_ranks_a_row(store, attack, judge_draws, 
 def test_of_a_random_victim_the_strongest_attack_counts_and_one_good_cascade_is_enough(store):
     """The least of several noisy shares would fall with every attack added."""
     single_draw = {"flags": [("randomized", True)], "judge_draws": 10}
-    add(store, "a", [0.9, 0.2, 0.4, 0.5], attack="standard", judge_draws=10)
+    averaged = {"cleared": ["randomized"], "judge_draws": 10}
+    add(store, "a", [0.9, 0.2, 0.4, 0.5], attack="standard", **averaged)
     add(store, "b", [0.5, 0.9, 0.9, 0.9], attack="noise", **single_draw)
     (line,) = fold(store).to_dict("records")
     assert line["worst_case"] == line["standard"] == pytest.approx(0.5)
-    assert (line["status"], line["flags"]) == ("ranked", "randomized")
-    add(store, "c", [0.5, 0.9, 0.9, 0.9], attack="noise", seed=1, **single_draw)
-    add(store, "d", [0.5, 0.9, 0.9, 0.9], attack="standard", seed=1, **single_draw)
-    lines = fold(store).to_dict("records")
-    assert [line["status"] for line in lines] == ["ranked"]
+    assert (line["status"], line["flags"]) == ("ranked", "randomized*")
+
+
+def test_a_seed_answers_for_itself(store):
+    """What was found sound of one network says nothing about another."""
+    single_draw = {"flags": [("randomized", True)], "judge_draws": 10}
+    averaged = {"cleared": ["randomized"], "judge_draws": 10}
+    add(store, "a", [0.5, 0.5], attack="standard", seed=0, **averaged)
+    add(store, "b", [1, 1], attack="standard", seed=1, **single_draw)
+    (line,) = fold(store).to_dict("records")
+    assert (line["seeds"], line["status"]) == ("0 1", "withheld")
+    later = {"finished": "2026-01-02T00:00:00", **averaged}
+    add(store, "c", [0.5, 0.5], attack="standard", seed=1, **later)
+    (line,) = fold(store).to_dict("records")
+    assert line["status"] == "ranked"
+
+
+def test_cascades_that_are_doubted_do_not_absolve_each_other(store):
+    one, other = "weaker_than_black_box", "unconstrained_failure"
+    add(store, "a", [1, 1], attack="standard", flags=[(one, True)], cleared=[other])
+    add(store, "b", [1, 1], attack="autoattack", flags=[(other, True)], cleared=[one])
+    (line,) = fold(store).to_dict("records")
+    assert line["status"] == "withheld"
 
 
 def test_a_random_victim_without_averages_is_withheld(store):
@@ -174,22 +272,27 @@ def test_a_random_victim_without_averages_is_withheld(store):
 
 
 @pytest.mark.parametrize(
-    ("doubted", "flag", "status"),
+    ("doubted", "flag", "made", "status"),
     [
-        ("fgsm", "weaker_than_black_box", "ranked"),
-        ("fgsm", "unconstrained_failure", "ranked"),
-        ("standard", "weaker_than_black_box", "withheld"),
-        ("fgsm", "zero_gradient", "withheld"),
-        ("fgsm", "gradient_switch", "withheld"),
+        ("fgsm", "weaker_than_black_box", True, "ranked"),
+        ("fgsm", "weaker_than_black_box", False, "withheld"),
+        ("fgsm", "unconstrained_failure", True, "ranked"),
+        ("standard", "weaker_than_black_box", True, "withheld"),
+        ("fgsm", "zero_gradient", True, "withheld"),
+        ("fgsm", "gradient_switch", True, "withheld"),
     ],
 )
-def test_a_doubt_about_one_attack_is_answered_by_a_stronger_one(store, doubted, flag, status):
-    """One about the victim, or about the cascade itself, is not."""
+def test_a_doubt_about_one_attack_is_answered_by_a_stronger_one(store, doubted, flag, made, status):
+    """One about the victim, or about the cascade itself, is not; nor by a check left out."""
     for attack in ("fgsm", "standard"):
         severe = [(flag, True)] if attack == doubted else [("not_converged", False)]
-        add(store, attack, [1, 0], attack=attack, flags=severe)
+        cleared = [flag] if attack != doubted and made else []
+        add(store, attack, [1, 0], attack=attack, flags=severe, cleared=cleared)
     (line,) = fold(store).to_dict("records")
-    assert (line["status"], line["flags"]) == (status, " ".join(sorted(["not_converged", flag])))
+    assert (line["status"], line["flags"]) == (
+        status,
+        " ".join(sorted(["not_converged", flag + "*"])),
+    )
 
 
 def test_a_flag_is_as_severe_as_its_most_severe_finding(store):
