@@ -172,7 +172,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
                     preparation=preparation,
                     averaged=None if averaged is None else asdict(averaged),
                     calibration=describe_detection(victim),
-                    judge_draws=judging.draws,
+                    judging=judging,
                     certified=certified,
                     learned=defense.learned,
                     checks=[*checks, *tried],
