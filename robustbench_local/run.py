@@ -34,6 +34,7 @@ from robustbench_local.evaluation import (
     Judging,
     Samples,
     audit_attack,
+    audit_samples,
     audit_victim,
     evaluate_curve,
     exact,
@@ -132,8 +133,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
                     at_most=config.batch_size,
                 )
                 ready = ready.fit(oracle, data.validation, threats[-1])
-            if averaged is not None:
-                checks.append(averaged.check())
+            checks.append(audit_samples(averaged))
             preparation = {"forward": oracle.forward_passes, "backward": oracle.backward_passes}
             with display.evaluation(choices.chosen["attack"], len(data.test)) as progress:
                 curve = evaluate_curve(

@@ -53,19 +53,6 @@ class Samples:
     tried: tuple[dict[str, Any], ...]
     stable: bool | None  # None: no two numbers were compared
 
-    def check(self) -> Check:
-        """Whether more draws would break more, for the flags of a record."""
-        left = ", ".join(f"{each['samples']}: {each['robust_accuracy']:.1%}" for each in self.tried)
-        why = f"robust accuracy by draws averaged, on a sample: {left}"
-        if self.stable is None:
-            why = f"no other number of draws was compared with the {self.samples} that are averaged"
-        elif not self.stable:
-            why += "; the last doubling still broke more: raise eot.limit or threat.query_budget"
-        raised = None if self.stable is None else not self.stable
-        return Check(
-            "eot_unstable", SEVERE["eot_unstable"], raised, {"tried": list(self.tried)}, why
-        )
-
 
 def raise_samples(
     oracle: Oracle,
@@ -109,3 +96,23 @@ def raise_samples(
         samples, left = 2 * samples, more
     best = min(tried, key=lambda each: each["robust_accuracy"])
     return Samples(best["samples"], tuple(tried), stable)
+
+
+def audit_samples(averaged: Samples | None) -> Check:
+    """Whether more draws would break more: the flag `eot_unstable`.
+
+    None: the victim is not random, or the attack does not leave open how many draws it averages.
+    """
+    measured: dict[str, Any] = {}
+    raised = None
+    if averaged is None:
+        why = "the attack faces no random victim, or its number of draws is set"
+    elif averaged.stable is None:
+        why = f"no number of draws was compared with the {averaged.samples} that are averaged"
+    else:
+        raised, measured = not averaged.stable, {"tried": list(averaged.tried)}
+        left = [f"{each['samples']}: {each['robust_accuracy']:.1%}" for each in averaged.tried]
+        why = f"robust accuracy on a sample by draws averaged: {', '.join(left)}"
+        if raised:
+            why += "; the last doubling still broke more: raise eot.limit or threat.query_budget"
+    return Check("eot_unstable", SEVERE["eot_unstable"], raised, measured, why)

@@ -7,7 +7,7 @@ from torch import nn
 from robustbench_local.attacks import PGD, Attack
 from robustbench_local.data import Split
 from robustbench_local.errors import UserError
-from robustbench_local.evaluation import Averaging, Judging, raise_samples
+from robustbench_local.evaluation import Averaging, Judging, audit_samples, raise_samples
 from robustbench_local.oracle import Oracle, QueryBudgetError
 from robustbench_local.threat import ThreatModel
 
@@ -85,7 +85,7 @@ def test_draws_are_doubled_while_they_break_more():
 def test_the_same_images_are_compared_and_what_breaks_most_is_taken(broken, samples, tried):
     found = of_a_hundred(broken, limit=320)
     assert (found.samples, len(found.tried), found.stable) == (samples, tried, True)
-    assert found.check().raised is False
+    assert audit_samples(found).raised is False
 
 
 def test_the_tolerance_is_a_setting():
@@ -97,7 +97,7 @@ def test_the_tolerance_is_a_setting():
 def test_the_limit_ends_the_doubling_unsettled():
     found = settle(lambda samples: samples / 40, limit=40)
     assert (found.samples, found.stable) == (40, False)
-    check = found.check()
+    check = audit_samples(found)
     assert check.raised and not check.severe and "raise eot.limit" in check.why
     assert "20: 50.0%, 40: 0.0%" in check.why
 
@@ -106,7 +106,7 @@ def test_the_limit_ends_the_doubling_unsettled():
 def test_the_declared_number_is_believed_where_nothing_can_be_compared(sample, limit):
     found = settle(lambda samples: samples / 100, sample=sample, limit=limit)
     assert (found.samples, found.stable, found.tried) == (10, None, ())
-    assert found.check().raised is None
+    assert audit_samples(found).raised is audit_samples(None).raised is None
 
 
 @pytest.mark.parametrize(("affordable", "stable"), [(10, None), (20, False)])
