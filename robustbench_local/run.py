@@ -30,9 +30,11 @@ from robustbench_local.defenses import (
 from robustbench_local.display import Display
 from robustbench_local.evaluation import (
     Audit,
+    Averaging,
     Judging,
     Samples,
     audit_attack,
+    audit_samples,
     audit_victim,
     evaluate_curve,
     exact,
@@ -83,7 +85,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
         ignore_defense(settings, defense, display)
     device = choose_device(str(config.device))
     points = [Point(build_threat(config, value)) for value in epsilons(settings)]
-    attack = build_attack(settings, 1)
+    attack, averaging = build_attack(settings, 1), build(config.eot)
     for point in points:
         attack.require(point.threat)
     if defense.abstains and settings["awareness"] == "adaptive":
@@ -109,66 +111,74 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
         trained = get_model(settings, defense, workshop)
         defense = defense.fit(replace(workshop, network=trained))
         victim = defense.apply(trained.model)
-        threats = [point.threat for point in missing.values()]
-        oracle, judging = face(settings, data, defense, victim, trained, threats[0], auditing)
-        attack, averaged = settle_draws(attack, settings, config.eot, oracle, judging, data)
-        if isinstance(attack, Transfer):
-            attack = equip(attack, settings, data, trained, device, cache, display)
-        with exact():
-            checks = audit_victim(
-                victim,
-                data,
-                attack,
-                config=auditing,
-                awareness=settings["awareness"],
-                at_most=config.batch_size,
-            )
-            attack = attack.fit(oracle, data.validation, threats[-1])
-        preparation = {"forward": oracle.forward_passes, "backward": oracle.backward_passes}
-        with display.evaluation(choices.chosen["attack"], len(data.test)) as progress:
-            curve = evaluate_curve(
-                oracle,
-                attack,
-                data.test,
-                [threat.epsilon for threat in threats],
-                batch_size=config.batch_size,
-                judging=judging,
-                progress=progress,
-                say=display.say,
-            )
-        certified = prove(defense, victim, data, threats[0], config.seed, display)
-        if auditing.level == "full":
-            display.say(f"audit: every check on {min(auditing.sample, len(data.test))} images")
-        for (run_id, point), outcomes in zip(missing.items(), curve, strict=True):
-            tried = audit_attack(
-                oracle,
-                attack,
-                data.test,
-                point.threat,
-                config=auditing,
-                judging=judging,
-                batch_size=outcomes.batch_size,
-                sources={"the bare network": trained.model} if defense.faced else {},
-            )
-            records[run_id] = make_record(
-                run_id=run_id,
-                settings=point.settings(settings),
-                labels=name_row(config, settings, choices, data, defense, point.threat),
-                data=data,
-                threat=point.threat,
-                trained=trained,
-                outcomes=outcomes,
-                report=attack.report(point.threat),
-                preparation=preparation,
-                averaged=None if averaged is None else asdict(averaged),
-                calibration=describe_detection(victim),
-                judge_draws=judging.draws,
-                certified=certified,
-                learned=defense.learned,
-                checks=[*checks, *tried],
-                device=device,
-            )
-            store.add(records[run_id], outcomes.examples)
+        first = next(iter(missing.values())).threat
+        faced, judging = face(settings, data, defense, victim, trained, first, auditing)
+        # Together, radii would share the draws of a random victim and how many are averaged.
+        apart = judging.randomized or faced.randomized
+        groups = [{name: point} for name, point in missing.items()] if apart else [missing]
+        certified: Mapping[str, Any] | None = None
+        for group in groups:
+            threats = [point.threat for point in group.values()]
+            oracle = Oracle(faced.victim, threats[0], data.num_classes, randomized=faced.randomized)
+            ready, averaged = settle_draws(attack, settings, averaging, oracle, judging, data)
+            if isinstance(ready, Transfer):
+                ready = equip(ready, settings, data, trained, device, cache, display)
+            with exact():
+                checks = audit_victim(
+                    victim,
+                    data,
+                    ready,
+                    config=auditing,
+                    awareness=settings["awareness"],
+                    at_most=config.batch_size,
+                )
+                ready = ready.fit(oracle, data.validation, threats[-1])
+            checks.append(audit_samples(averaged))
+            preparation = {"forward": oracle.forward_passes, "backward": oracle.backward_passes}
+            with display.evaluation(choices.chosen["attack"], len(data.test)) as progress:
+                curve = evaluate_curve(
+                    oracle,
+                    ready,
+                    data.test,
+                    [threat.epsilon for threat in threats],
+                    batch_size=config.batch_size,
+                    judging=judging,
+                    progress=progress,
+                    say=display.say,
+                )
+            certified = certified or prove(defense, victim, data, first, config.seed, display)
+            if auditing.level == "full":
+                display.say(f"audit: every check on {min(auditing.sample, len(data.test))} images")
+            for (run_id, point), outcomes in zip(group.items(), curve, strict=True):
+                tried = audit_attack(
+                    oracle,
+                    ready,
+                    data.test,
+                    point.threat,
+                    config=auditing,
+                    judging=judging,
+                    batch_size=outcomes.batch_size,
+                    sources={"the bare network": trained.model} if defense.faced else {},
+                )
+                records[run_id] = make_record(
+                    run_id=run_id,
+                    settings=point.settings(settings),
+                    labels=name_row(config, settings, choices, data, defense, point.threat),
+                    data=data,
+                    threat=point.threat,
+                    trained=trained,
+                    outcomes=outcomes,
+                    report=ready.report(point.threat),
+                    preparation=preparation,
+                    averaged=None if averaged is None else asdict(averaged),
+                    calibration=describe_detection(victim),
+                    judging=judging,
+                    certified=certified,
+                    learned=defense.learned,
+                    checks=[*checks, *tried],
+                    device=device,
+                )
+                store.add(records[run_id], outcomes.examples)
     leaderboard = write_leaderboard(store)
     finished = [records[run_id] for run_id in run_ids]
     show(finished, display.output, leaderboard=leaderboard, recorded=recorded)
@@ -202,13 +212,14 @@ def face(
         draws=settings["judge_draws"] if judged else 1,
         seed=settings["seed"],
         reseed=defense.reseeder(victim),
+        randomized=judged,
     )
 
 
 def settle_draws(
     attack: Attack,
     settings: Mapping[str, Any],
-    eot: DictConfig,
+    averaging: Averaging,
     oracle: Oracle,
     judging: Judging,
     data: Dataset,
@@ -221,7 +232,7 @@ def settle_draws(
         lambda samples: build_attack(settings, samples),
         data.test,
         declared_samples(oracle.victim),
-        build(eot),
+        averaging,
         batch_size=settings["batch_size"],
         judging=judging,
     )

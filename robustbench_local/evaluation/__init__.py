@@ -7,7 +7,7 @@ from robustbench_local.evaluation.audit import (
     audit_victim,
     is_random,
 )
-from robustbench_local.evaluation.eot import Averaging, Samples, raise_samples
+from robustbench_local.evaluation.eot import Averaging, Samples, audit_samples, raise_samples
 from robustbench_local.evaluation.evaluate import (
     Judging,
     Outcomes,
@@ -27,6 +27,7 @@ __all__ = [
     "Samples",
     "Verdict",
     "audit_attack",
+    "audit_samples",
     "audit_victim",
     "evaluate",
     "evaluate_curve",

@@ -27,12 +27,14 @@ class PerExample:
     """What happened to each of n test images.
 
     `clean_correct` and `robust_correct` are fractions of the judge's draws (0 or 1 for a
-    deterministic victim), the second those correct before *and* after the attack. Images wrong
-    from the start are not attacked: their size is 0 and their two predictions agree.
+    deterministic victim), the second of fresh draws on the attacked image. An image that is wrong
+    in every clean draw is not attacked and never robust: its size is 0 and its two predictions
+    agree.
 
     Of a victim that may reject images, correct is before the attack what it accepts and gets right,
-    and after the attack what it gets right or rejects; a rejected prediction is K. The last four
-    arrays are empty for any other victim.
+    and after the attack also what it rejects, of images that it mostly got right before; a rejected
+    prediction is K. The arrays on rejection are empty for any other victim, those of single draws
+    where there is one draw only, (n, 0).
     """
 
     indices: NDArray[np.int64]  # position in the source's test set
@@ -54,6 +56,13 @@ class PerExample:
     adversarial_suspicion: NDArray[np.float32] = field(
         default_factory=lambda: np.zeros(0, np.float32)
     )
+    adversarial_class: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """The likeliest class after the attack, were nothing rejected; not rounded to half precision
+    as the probabilities are, in which the two classes of a boundary are equal."""
+    clean_draws: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), np.bool_))
+    """(n, draws): which draws make up `clean_correct`."""
+    robust_draws: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), np.bool_))
+    """The same of `robust_correct`."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +88,16 @@ class Judging:
     """How the judge looks: `draws` forward passes per image, seeded by `seed`.
 
     `reseed` seeds the victim's own generators before each draw. More than one draw makes sense for
-    randomised victims only. `victim` is who is judged where the attack faces somebody else, as one
-    that does not know of a defense does; None: the victim that it faces.
+    randomised victims only; `randomized` says that it is one. `victim` is who is judged where the
+    attack faces somebody else, as one that does not know of a defense does; None: the victim that
+    it faces.
     """
 
     victim: Model | None = None
     draws: int = 1
     seed: int = 0
     reseed: Callable[[int], None] | None = None
+    randomized: bool = False
 
 
 def evaluate(
@@ -242,9 +253,9 @@ def _attack_batch(
             except BudgetError as error:
                 raise _renumbered(error, split.indices[rows][attacked]) from None
             after = clean.updated(attacked, fooled)
-        # Rejecting an attacked image is as good as being right; rejecting a clean one is an error.
-        survived = clean.correct & after.resists
+        survived = after.robust(clean)
         asked = len(clean.suspicion)  # 0 where the victim cannot reject
+        several = judging.draws if judging.draws > 1 else 0
         result = PerExample(
             indices=split.indices[rows].numpy(),
             labels=y.cpu().numpy(),
@@ -261,6 +272,9 @@ def _attack_batch(
             adversarial_rejected=after.rejected[:asked].double().mean(1).numpy(),
             clean_suspicion=clean.suspicion.numpy(),
             adversarial_suspicion=after.suspicion.numpy(),
+            adversarial_class=after.likeliest[:asked].numpy(),
+            clean_draws=clean.correct[:, :several].numpy(),
+            robust_draws=survived[:, :several].numpy(),
         )
         cost.judge_seconds += _now(x) - began + looking / len(threats)
         results.append(result)

@@ -19,7 +19,7 @@ from robustbench_local.rejection import abstains
 from robustbench_local.threat import ThreatModel, check_box
 from robustbench_local.types import Images, Labels, Model
 
-VERSION = 1
+VERSION = 2
 """Raised whenever a judgement could come out differently; part of the comparability key."""
 
 
@@ -34,6 +34,7 @@ class Verdict:
     rejected: Tensor  # (N, draws) bool
     prediction: Tensor  # int64, of the first draw; K: rejected
     probabilities: Tensor  # (N, K) float32: the softmax of the classes' logits, mean over the draws
+    likeliest: Tensor  # int64: the class with the largest of these, before they are rounded
     suspicion: Tensor  # float32: logit of rejection minus the largest other, mean over the draws
     size: Tensor  # float64, under the norm of the threat model
 
@@ -41,6 +42,16 @@ class Verdict:
     def resists(self) -> Tensor:
         """Which draws withstand an attack, (N, draws) bool: right, or rejected."""
         return self.correct | self.rejected
+
+    def robust(self, clean: "Verdict") -> Tensor:
+        """Which draws withstand an attack on images that were judged `clean` before, (N, draws).
+
+        Those that are right, and those that reject an image which most draws accepted and got
+        right before: rejecting an attacked image is as good as being right, rejecting a clean one
+        is an error.
+        """
+        mostly = 2 * clean.correct.sum(1, keepdim=True) > clean.correct.shape[1]
+        return self.correct | (self.rejected & mostly)
 
     def updated(self, rows: Tensor, other: "Verdict") -> "Verdict":
         """The same with what `other` says of the images in `rows`, a mask of shape (N,)."""
@@ -96,7 +107,8 @@ def judge(
     threat.check(x_adv, x)
     rejects = abstains(victim)
     answers = []
-    probabilities = torch.zeros(len(x), num_classes)
+    # In float64, since points on a boundary differ by less than float32 can tell.
+    probabilities = torch.zeros(len(x), num_classes, dtype=torch.float64)
     suspicion = torch.zeros(len(x) if rejects else 0)
     with exact(), pristine(victim), torch.no_grad():
         for draw in range(draws):
@@ -106,7 +118,7 @@ def judge(
                 reseed(draw_seed)
             logits = check_logits(victim(x_adv.float()), x, num_classes + rejects)
             classes = logits[:, :num_classes]
-            probabilities += classes.softmax(1).cpu() / draws
+            probabilities += classes.double().softmax(1).cpu() / draws
             if rejects:
                 suspicion += (logits[:, num_classes] - classes.amax(1)).cpu() / draws
             answers.append(logits.argmax(1))
@@ -115,7 +127,8 @@ def judge(
         correct=(answered == y[:, None]).cpu(),
         rejected=(answered == num_classes).cpu(),
         prediction=answers[0].cpu(),
-        probabilities=probabilities,
+        probabilities=probabilities.float(),
+        likeliest=probabilities.argmax(1),
         suspicion=suspicion,
         size=threat.size(x_adv, x).cpu(),
     )

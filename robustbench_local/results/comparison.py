@@ -47,8 +47,8 @@ def tabulate(store: Store, records: Sequence[Record]) -> pd.DataFrame:
     them are `severe` (other than `oblivious`, which says nothing new here) and `run_id`.
 
     The worst case (attack `worst_case`, awareness `any`) is taken per example over all attacks on
-    the victim under the threat model, knowing of the defense or not, and then averaged; for a
-    random victim it is the strongest attack's mean. It has the flags of all. In order of the sweep.
+    the victim under the threat model, knowing of the defense or not, and then averaged; see
+    `leaderboard.worst_case`. It has the flags of all. In order of the sweep.
     """
     lines: list[dict[str, Any]] = []
     groups: dict[tuple[object, ...], list[Record]] = {}

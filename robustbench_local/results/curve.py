@@ -15,7 +15,7 @@ _ALONE = ("dataset", "model", "train", "defense", "norm", "access", "awareness")
 def draw_curve(store: Store, records: Sequence[Record]) -> Path:
     """A PNG below `curves/` with every recorded point of the records' victim and threat norm.
 
-    One line for each attack, its 95% Wilson interval as a band, and the clean accuracy at 0. The
+    One line for each attack, its 95% interval as a band, and the clean accuracy at 0. The
     points are those measured on the same weights and the same test images; of several runs of one
     point counts what counts in the leaderboard.
     """

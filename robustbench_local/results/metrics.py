@@ -24,8 +24,8 @@ def measure(examples: PerExample, classes: int) -> dict[str, Any]:
     - `confidence`: the mean probability of the predicted class, where that is right and where it is
       wrong (null where there is none); of accepted images only.
 
-    `robust_accuracy_per_class` counts as everywhere: right before and after the attack, over all
-    images of the class; null for a class without images. Predictions are those of the judge's first
+    `robust_accuracy_per_class` counts as everywhere: the mean of `robust_correct` over all images
+    of the class; null for a class without images. Predictions are those of the judge's first
     draw, probabilities the mean over its draws; images wrong from the start count as they were.
     """
     rejects = examples.clean_rejected.size > 0
@@ -108,7 +108,7 @@ def measure_detection(examples: PerExample) -> dict[str, Any] | None:
     if not examples.clean_rejected.size:
         return None
     attacked = examples.attacked
-    fooling = attacked & (examples.adversarial_probabilities.argmax(1) != examples.labels)
+    fooling = attacked & (examples.adversarial_class != examples.labels)
 
     def rejected(which: NDArray[np.bool_]) -> float | None:
         return float(examples.adversarial_rejected[which].mean()) if which.any() else None

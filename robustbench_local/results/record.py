@@ -11,7 +11,7 @@ import torch
 
 from robustbench_local.data import Dataset
 from robustbench_local.evaluation.audit import Check, flags
-from robustbench_local.evaluation.evaluate import Outcomes, PerExample
+from robustbench_local.evaluation.evaluate import Judging, Outcomes, PerExample
 from robustbench_local.evaluation.judge import VERSION as JUDGE_VERSION
 from robustbench_local.identity import (
     class_version,
@@ -22,7 +22,7 @@ from robustbench_local.identity import (
 )
 from robustbench_local.results.environment import environment, library_versions
 from robustbench_local.results.metrics import measure, measure_detection
-from robustbench_local.results.statistics import wilson
+from robustbench_local.results.statistics import accuracy
 from robustbench_local.results.store import RECORD_VERSION, Record
 from robustbench_local.sources import identify
 from robustbench_local.threat import ThreatModel
@@ -104,7 +104,7 @@ def make_record(
     preparation: Mapping[str, int],
     averaged: Mapping[str, Any] | None,
     calibration: Mapping[str, Any] | None,
-    judge_draws: int,
+    judging: Judging,
     certified: Mapping[str, Any] | None,
     learned: Mapping[str, Any],
     checks: Sequence[Check],
@@ -126,9 +126,11 @@ def make_record(
         "labels": dict(labels),
         "seed": settings["seed"],
         "n": n,
-        "clean_accuracy": wilson(float(clean), n)._asdict(),
-        "robust_accuracy": wilson(float(robust), n)._asdict(),
-        "attack_success_rate": float((clean - robust) / clean) if clean else None,
+        "clean_accuracy": accuracy(examples.clean_correct, examples.clean_draws)._asdict(),
+        "robust_accuracy": accuracy(examples.robust_correct, examples.robust_draws)._asdict(),
+        "accuracy_of_draws": _of_draws(examples),
+        # Fresh draws of a random victim may be right about more images than the first ones were.
+        "attack_success_rate": float(max(0, clean - robust) / clean) if clean else None,
         "target_success_rate": _target_success(examples),
         "perturbation": {
             "norm": threat.norm,
@@ -137,7 +139,8 @@ def make_record(
             "median": float(np.median(sizes)) if len(sizes) else None,
             "max": float(sizes.max()) if len(sizes) else None,
         },
-        "judge_draws": judge_draws,
+        "randomized": judging.randomized,
+        "judge_draws": judging.draws,
         "metrics": measure(examples, data.num_classes),
         "learned": dict(learned),
         "certified": None if certified is None else dict(certified),
@@ -181,6 +184,16 @@ def make_record(
         },
         "environment": environment(device),
         "config": {key: value for key, value in settings.items() if key != "paths"},
+    }
+
+
+def _of_draws(examples: PerExample) -> dict[str, list[float]] | None:
+    """The accuracy in each draw of the judge; None where there is one draw only."""
+    if not examples.robust_draws.shape[1]:
+        return None
+    return {
+        "clean": examples.clean_draws.mean(axis=0).tolist(),
+        "robust": examples.robust_draws.mean(axis=0).tolist(),
     }
 
 

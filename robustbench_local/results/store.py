@@ -73,7 +73,7 @@ class Store:
     def examples(self, run_id: str) -> PerExample:
         """What happened to each example of a run."""
         with np.load(self.records / f"{run_id}.npz", allow_pickle=False) as arrays:
-            none = np.zeros((len(arrays["labels"]), 0), np.float16)  # before version 4
+            none = np.zeros((len(arrays["labels"]), 0), np.float16)  # older than the field
             return PerExample(
                 *(arrays.get(field.name, none) for field in fields(PerExample)),
             )

@@ -264,6 +264,7 @@ BAD = {
     "attack=autoattack threat.query_budget=9000": "is not kept by AutoAttack",
     "attack=standard threat.query_budget=9000": "cannot be shared out",
     "seed=abc": "seed=abc",
+    "eot.sample=-5": "eot.sample=-5; expected a whole number from 0",
     "batch_size=0": "batch_size=0",
     "device=cuda:7": "device=cuda:7 is not there",
     "dataset.source=files": "paths.data=DIR",
@@ -383,6 +384,30 @@ def test_a_random_model_is_judged_on_several_draws_without_saying_so(cli):
     assert "randomized" in [flag["name"] for flag in single["flags"]]
     correct = np.load(f"results/records/{run_id}.npz")["clean_correct"]
     assert len(set(correct) - {0.0, 1.0}) > 0
+
+
+@pytest.mark.parametrize("awareness", ["adaptive", "oblivious"])
+@pytest.mark.slow
+def test_a_point_of_a_curve_of_a_random_victim_is_the_run_alone(cli, own_defenses, awareness):
+    """The number of draws that suits one radius says nothing about another."""
+    words = (
+        *own_defenses, *QUICK, "defense=noisy", "dataset.test_size=60", "judge_draws=4",
+        "batch_size=30", "eot.sample=20", "attack.steps=3", f"awareness={awareness}",
+    )  # fmt: skip
+    assert cli(*words, "threat.epsilon=[0,0.1,0.3]").code == 0
+    assert cli(*words, "threat.epsilon=0.3", "paths.results=alone").code == 0
+    (file,) = Path("alone/records").glob("*.json")
+    alone, point = json.loads(file.read_text()), records()[file.stem]
+    measured = (
+        "eot", "robust_accuracy", "accuracy_of_draws", "passes_per_attacked_image",
+        "preparation_passes", "randomized",
+    )  # fmt: skip
+    assert {key: alone[key] for key in measured} == {key: point[key] for key in measured}
+    arrays = [np.load(f"{folder}/records/{file.stem}.npz") for folder in ("alone", "results")]
+    for name in arrays[0]:
+        np.testing.assert_array_equal(arrays[0][name], arrays[1][name])
+    assert len(alone["accuracy_of_draws"]["robust"]) == 4
+    assert arrays[0]["robust_draws"].shape == (60, 4)
 
 
 def test_a_folder_of_ones_own_configurations(cli):

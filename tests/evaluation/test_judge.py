@@ -1,5 +1,6 @@
 """The judge catches attacks that cheat, crash, or leave the victim changed."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -163,14 +164,41 @@ def test_a_randomised_victim_is_judged_on_fresh_draws():
         batch_size=100,
         judging=Judging(draws=50, seed=3),
     )
-    # Right from the start with 0.7 where the label agrees with the mean (0.3 for every tenth, whose
-    # label is wrong); before and after: squares, since the draws of the two looks differ.
+    # Right with 0.7 where the label agrees with the mean, with 0.3 for every tenth, whose label is
+    # wrong. An attack that changes nothing lowers nothing, although the two looks draw afresh.
     examples = outcomes.examples
     good = (split.pixels(slice(None)).flatten(1).mean(1) > 0.5).long() == split.labels
     assert examples.clean_correct[good].mean() == pytest.approx(0.7, abs=0.02)
     assert examples.clean_correct[~good].mean() == pytest.approx(0.3, abs=0.05)
-    assert examples.robust_correct[good].mean() == pytest.approx(0.49, abs=0.02)
-    assert examples.robust_correct[~good].mean() == pytest.approx(0.09, abs=0.05)
+    assert examples.robust_correct[good].mean() == pytest.approx(0.7, abs=0.02)
+    assert examples.robust_correct[~good].mean() == pytest.approx(0.3, abs=0.05)
+    assert not np.array_equal(examples.clean_draws, examples.robust_draws)
+    assert examples.clean_draws.shape == examples.robust_draws.shape == (400, 50)
+    assert examples.clean_draws.mean(1).tolist() == examples.clean_correct.tolist()
+    assert examples.robust_draws.mean(1).tolist() == examples.robust_correct.tolist()
+
+
+def test_what_a_random_victim_mostly_gets_wrong_is_attacked_too():
+    """Images of mean 0.55 are right in three draws of ten here, and at 0.45 in none."""
+
+    class Torn(Sum):
+        def forward(self, x):
+            lucky = torch.rand(len(x)) < 0.3
+            wrong = ~lucky | (x.flatten(1).mean(1) < 0.5)
+            return torch.stack([wrong.float(), 1 - wrong.float()], 1)
+
+    images = torch.full((50, 1, 4, 4), 140, dtype=torch.uint8)
+    split = Split(images, torch.ones(50).long(), torch.arange(50))
+    judging = Judging(draws=40, seed=1)
+    attack = Returning(lambda model, x: x - 0.1)
+    broken = evaluated(attack, victim=Torn(), split=split, judging=judging).examples
+    assert (broken.clean_correct < 0.5).sum() >= 48
+    assert broken.attacked.all() and not broken.robust_correct.any()
+
+
+def test_a_deterministic_victim_has_no_draws_to_store():
+    examples = evaluated(PGD(steps=2)).examples
+    assert examples.clean_draws.shape == examples.robust_draws.shape == (40, 0)
 
 
 def test_the_judge_uses_the_same_draws_again():

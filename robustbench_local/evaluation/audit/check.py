@@ -8,6 +8,7 @@ SEVERE = {
     "oblivious": True,
     "subset": False,
     "randomized": True,
+    "eot_unstable": False,
     "gradient_switch": True,
     "softmax_output": False,
     "zero_gradient": True,
