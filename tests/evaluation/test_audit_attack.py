@@ -34,7 +34,12 @@ from robustbench_local.evaluation.audit.rivals import noise_as_strong, weaker_th
 from robustbench_local.evaluation.audit.trials import Trials
 from robustbench_local.evaluation.audit.variations import black_box, longer
 from robustbench_local.evaluation.audit.watch import Watch
-from robustbench_local.evaluation.audit.watched import last_drop
+from robustbench_local.evaluation.audit.watched import (
+    last_drop,
+    loss_still_falling,
+    nearest_run,
+    watched,
+)
 from robustbench_local.gradients import is_randomized
 from robustbench_local.oracle import Oracle
 from robustbench_local.randomness import reseed
@@ -156,6 +161,41 @@ def test_steps_that_are_too_short(digit_model, split):
     assert checks["loss_still_falling"].measured["mean_drop"] > 0.5
 
 
+RESTARTED = {
+    "pgd": PGD(steps=15, step_size=0.02, restarts=3),
+    "apgd": APGD(steps=15, restarts=3),
+    "apgd_t": APGD(steps=15, loss="dlr_targeted", targets=3),
+}
+
+
+@pytest.mark.parametrize("name", RESTARTED)
+def test_restarts_do_not_hide_a_loss_that_still_falls(digit_model, split, name):
+    """Beside the single run that the attack is made of: all of them fall as far in the end."""
+    attack, config = RESTARTED[name], replace(FULL, sample=20)
+    single = replace(attack, restarts=1, **({"targets": 1} if name == "apgd_t" else {}))
+
+    def drop(attack):
+        oracle = Oracle(digit_model, replace(LINF, epsilon=0.05), 10, randomized=False)
+        trials = Trials(oracle, split, judging=Judging(), batch_size=20, sample=20)
+        base = watched(trials, attack, paths=True)
+        return loss_still_falling(trials, base, attack, config)
+
+    many, one = drop(attack), drop(single)
+    assert many.measured["resisting"] > 10
+    assert many.measured["mean_drop"] == pytest.approx(one.measured["mean_drop"], rel=0.35)
+    assert many.raised is one.raised
+    assert many.raised is (name == "pgd")
+
+
+def test_runs_that_cannot_be_told_apart_are_left_out(digit_model, split):
+    class Restarted(Crashing):
+        restarts = 2
+
+    checks = audited(digit_model, Restarted(12), split, config=replace(FULL, sample=3))
+    check = checks["loss_still_falling"]
+    assert check.why == "where one of its restarts ends is not known; see not_converged"
+
+
 @pytest.mark.slow
 def test_a_random_victim_and_one_sample(digit_model, split):
     """More steps on single noisy gradients go on finding more; averaged ones do not."""
@@ -241,11 +281,11 @@ def random_case(victim, attack, split, threat=LINF, *, draws=10, **settings):
 def test_gradients_that_are_masked_whether_or_not_the_draws_hold_still(digit_model, split):
     """Freezing changes nothing, and a search with scores tells it from a network that is robust."""
     masked = Wrapped(Shaking(0.02), Masked(digit_model))
-    few = {"sample": 6, "frozen_images": 6, "black_box_queries": 40}
+    few = {"sample": 6, "frozen_images": 6, "black_box_queries": 60, "stray_images": 0}
     attack, threat = PGD(steps=5, eot_samples=2), replace(LINF, epsilon=0.25)
     check = frozen_randomness(random_case(masked, attack, split, threat, **few))
     assert min(check.measured["fresh"], check.measured["frozen"]) > 0.6
-    assert check.measured["broken_besides"] >= 2
+    assert check.measured["broken_besides"] >= 1
     assert check.raised
     assert "a search with scores alone breaks" in check.why
 
@@ -710,6 +750,14 @@ def test_the_last_steps_of_a_loss():
     # What was reached before and lost again does not count twice.
     wave = torch.cat([torch.tensor([-1.0, 1.0]), -torch.ones(20), torch.tensor([1.0])])
     assert last_drop(wave, 10) == 0
+
+
+def test_the_run_that_came_nearest():
+    runs = torch.tensor([[-5.0, -4.0, -3.0], [-9.0, -1.0, -2.0], [-8.0, -7.0, -6.0]])
+    path = torch.cat([torch.tensor([0.0]), runs.flatten()])  # a look before the first run
+    assert nearest_run(path, 3).tolist() == [-9, -1, -2]
+    assert torch.equal(nearest_run(path, None), path)
+    assert torch.equal(nearest_run(path[:2], 3), path[:2])
 
 
 def test_luck_does_not_make_an_attack_weaker():
