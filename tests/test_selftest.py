@@ -52,6 +52,7 @@ def failed(found):
     return {name for name, outcome in found.items() if outcome.verdict == "FAIL"}
 
 
+FLOOR = {"nearly undecided"}
 LINEAR = {
     "linear, 2 classes",
     "linear, 5 classes, 3 channels",
@@ -172,8 +173,11 @@ SOUND = {
 @pytest.mark.parametrize("name", SOUND)
 def test_our_attacks_pass(name):
     found = outcomes(SOUND[name])
-    assert set(found) == LINEAR | OTHERS | PROMISES
-    assert {outcome.verdict for outcome in found.values()} == {"pass"}
+    assert set(found) == LINEAR | FLOOR | OTHERS | PROMISES
+    passed = {victim for victim, outcome in found.items() if outcome.verdict == "pass"}
+    nothing = LINEAR | {"rounded pixels, no gradient", "noise on every pixel"}
+    assert passed == set(found) - (nothing if name == "noise" else set())
+    assert failed(found) == set()
     assert found["linear, 2 classes"].known == "12 of 16 can be broken"
     broken = "0 broken" if name == "noise" else "12 broken"
     assert found["linear, 2 classes"].reached == broken
@@ -198,6 +202,33 @@ def test_rotations_pass():
     found = outcomes(Spatial(), threat)
     assert failed(found) == set()
     assert found["linear, 2 classes"].why.startswith("all ")
+
+
+class Idle(Attack):
+    """Returns what it was given."""
+
+    needs = "labels"
+    norms = frozenset({"linf", "l2", "l1", "l0"})
+
+    def run(self, model, x, y, threat):
+        return x
+
+
+@pytest.mark.parametrize("threat", [BALLS[0], BALLS[3]], ids=["linf", "l0"])
+def test_an_attack_that_does_nothing_passes_nowhere_but_where_nothing_is_to_be_done(threat):
+    found = outcomes(Idle(), threat)
+    assert {name for name, outcome in found.items() if outcome.verdict == "pass"} == PROMISES
+    assert "fewer than random noise does: 16" in found["nearly undecided"].why
+    if threat.norm == "linf":
+        assert failed(found) == FLOOR
+        assert found["linear, 2 classes"].why.endswith("and it breaks nothing")
+
+
+@pytest.mark.parametrize("threat", [BALLS[0], BALLS[3]], ids=["linf", "l0"])
+def test_random_noise_is_the_floor(threat):
+    found = outcomes(Noise(), threat)
+    assert failed(found) == set()
+    assert found["nearly undecided"].reached == "16 broken"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,7 +358,7 @@ def test_bad_attacks_fail(attack, fails, why):
     assert any(why in outcome.why for outcome in found.values() if outcome.verdict == "FAIL")
     if type(attack) is ByHand:  # and for nothing else
         assert failed(found) <= fails | {"a narrow ridge", "logits times 1000"} | (
-            MULTIPLE | OTHERS | PROMISES if attack.wrong == "nan" else set()
+            MULTIPLE | FLOOR | OTHERS | PROMISES if attack.wrong == "nan" else set()
         )
 
 
@@ -394,8 +425,8 @@ def test_the_command_prints_a_table(cli):
     code, out, _ = cli("attack=fgsm", "threat.epsilon=8/255")
     assert code == 0
     assert "PGD under linf 8/255, access to gradients" in out
-    assert all(name in out for name in LINEAR | OTHERS | PROMISES)
-    assert "13 passed, 0 failed, 0 skipped" in out
+    assert all(name in out for name in LINEAR | FLOOR | OTHERS | PROMISES)
+    assert "14 passed, 0 failed, 0 skipped" in out
     assert list(Path().iterdir()) == []
 
 
@@ -424,6 +455,25 @@ def test_an_attack_of_ones_own_by_its_class(cli):
     assert "misses 11 of the 12 that 97% of the optimum breaks" in out
 
 
+IDLE = """
+from robustbench_local.attacks import Attack
+
+class Idle(Attack):
+    needs = "labels"
+    norms = frozenset({"linf"})
+
+    def run(self, model, x, y, threat):
+        return x
+"""
+
+
+def test_an_attack_of_ones_own_that_does_nothing(cli):
+    Path("my_attacks3.py").write_text(IDLE)
+    code, out, _ = cli("attack._target_=my_attacks3.Idle")
+    assert code == 1
+    assert "4 passed, 1 failed, 9 skipped" in out
+
+
 def test_an_attack_of_ones_own_in_a_folder(cli):
     Path("my_attacks2.py").write_text(OWN)
     Path("mine/attack").mkdir(parents=True)
@@ -442,6 +492,13 @@ def test_an_attack_of_ones_own_in_a_folder(cli):
         (("attack=pgd", "threat.norm=l0", "threat.epsilon=1"), "does not serve threat.norm=l0"),
         (("attack=pgd", "attack.stepz=3"), "attack.stepz is not a key"),
         (("attack=pgd", "attack.steps=0"), "attack.steps=0"),
+        (
+            ("attack._target_=collections.OrderedDict",),
+            "attack._target_=collections.OrderedDict makes no attack but OrderedDict",
+        ),
+        (("attack=pgd", "--config-dir"), "--config-dir came without a folder"),
+        (("--config-dir", "absent", "attack=pgd"), "--config-dir absent is not there"),
+        (("--config-dir", "attack=pgd"), "--config-dir attack=pgd is not there"),
     ],
 )
 def test_bad_input_is_told_in_a_sentence(cli, words, complaint):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from robustbench_local.__main__ import CONF, lifted
 from robustbench_local.cli_errors import EXPECTED, sentence
+from robustbench_local.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -46,12 +47,27 @@ def composed(words: Sequence[str]) -> "DictConfig":
     words, folders = list(words), []
     while "--config-dir" in words:
         place = words.index("--config-dir")
-        folders += [f"file://{os.path.abspath(folder)}" for folder in words[place + 1 : place + 2]]
+        folders.append(f"file://{_folder(words[place + 1 : place + 2])}")
         del words[place : place + 2]
     if folders:
         words.append(f"hydra.searchpath=[{','.join(folders)}]")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", own_attack(lifted(words)))
+
+
+def _folder(words: Sequence[str]) -> str:
+    """The folder that follows on `--config-dir`, absolute."""
+    for word in words:
+        if os.path.isdir(word):
+            return os.path.abspath(word)
+        raise UserError(
+            f"--config-dir {word} is not there; expected a folder with your own attack/NAME.yaml: "
+            "type --config-dir DIR"
+        )
+    raise UserError(
+        "--config-dir came without a folder; expected one with your own attack/NAME.yaml: type "
+        "--config-dir DIR"
+    )
 
 
 def own_attack(words: Sequence[str]) -> list[str]:
@@ -75,11 +91,22 @@ def _try(config: "DictConfig") -> int:
     from omegaconf import OmegaConf
     from rich.console import Console
 
+    from robustbench_local.attacks import Attack
     from robustbench_local.building import build, build_attack
     from robustbench_local.selftest.run import selftest
 
     settings: dict[str, object] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    outcomes = list(selftest(lambda samples: build_attack(settings, samples), build(config.threat)))
+
+    def make(samples: int) -> Attack:
+        attack: object = build_attack(settings, samples)
+        if not isinstance(attack, Attack):
+            raise UserError(
+                f"attack._target_={config.attack._target_} makes no attack but "
+                f"{type(attack).__name__}; derive the class from robustbench_local.attacks.Attack"
+            )
+        return attack
+
+    outcomes = list(selftest(make, build(config.threat)))
     _show(outcomes, config, Console())
     failed = any(outcome.verdict == "FAIL" for outcome in outcomes)
     passed = any(outcome.verdict == "pass" for outcome in outcomes)

@@ -51,10 +51,10 @@ class Case:
 def ambition(attack: Attack, threat: ThreatModel, classes: int) -> float:
     """The share of the best perturbation that the attack has to reach on a linear victim.
 
-    0 demands nothing. With two classes gradients reach the optimum; with more the best class is not
-    always the one that is nearest at first, and an attack that climbs towards another stays there.
-    One gradient step is the optimum under linf alone: under l2 the box takes a part of it, and
-    under l1 it changes few entries. What sees labels only is not held to an optimum, but for the
+    0 demands no more than what random noise breaks. With two classes gradients reach the optimum;
+    with more the best class is not always the one that is nearest at first, and an attack that
+    climbs towards another stays there. One gradient step is the optimum under linf alone: under l2
+    the box takes a part of it, and under l1 it changes few entries. What sees labels only is not held to an optimum, but for the
     grid of spatial, of which any element is one question.
     """
     norm = threat.norm
@@ -80,7 +80,8 @@ def cases(attack: Attack, threat: ThreatModel) -> Iterator[Case]:
     yield _some_wrong(_linear("some images wrong before", attack, threat, GREY, 4))
     yield _masked(plain)
     yield _noisy(plain, attack, threat)
-    if threat.norm != "spatial":
+    if threat.norm != "spatial":  # where images are as hard as they come
+        yield _undecided(threat)
         yield _ridge(threat)
 
 
@@ -103,6 +104,15 @@ def _linear(
     x, y = images_of(victim, shape, threat, wanted, kind)
     needed = worst_case(victim, x, y, threat).needed
     return Case(name=name, victim=victim, classes=classes, x=x, y=y, needed=needed)
+
+
+def _undecided(threat: ThreatModel) -> Case:
+    """So near to the boundary that random points of the budget are enough: the floor."""
+    victim = linear_victim(GREY, 2)
+    wanted = torch.full((16,), 0.02, dtype=torch.float64)
+    x, y = images_of(victim, GREY, threat, wanted, "between")
+    needed = worst_case(victim, x, y, threat).needed
+    return Case(name="nearly undecided", victim=victim, classes=2, x=x, y=y, needed=needed)
 
 
 def _some_wrong(case: Case) -> Case:

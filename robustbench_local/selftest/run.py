@@ -1,13 +1,13 @@
 """One attack against every victim, judged by the harness."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from robustbench_local.attacks import Attack, Transfer
+from robustbench_local.attacks import Attack, Noise, Transfer
 from robustbench_local.attacks.transfer import Source
 from robustbench_local.data import Split
 from robustbench_local.errors import FoulError, UserError
@@ -129,7 +129,8 @@ def _lost(attack: Attack, threat: ThreatModel, case: Case) -> Tensor:
 
 def _compared(attack: Attack, threat: ThreatModel, case: Case, broken: Tensor) -> Outcome:
     right = case.needed > 0
-    reached = f"{int((broken & right).sum())} broken"
+    count = int((broken & right).sum())
+    reached = f"{count} broken"
 
     def outcome(verdict: Verdict, why: str) -> Outcome:
         return Outcome(case.name, case.known, reached, verdict, why)
@@ -137,20 +138,32 @@ def _compared(attack: Attack, threat: ThreatModel, case: Case, broken: Tensor) -
     if bool((broken & (case.needed > 1)).any()) and not case.masked:
         return outcome("FAIL", "breaks what no perturbation inside the budget breaks")
     share = ambition(attack, threat, case.classes)
-    if case.random and attack.minimum_norm:
-        return outcome("pass", "nothing is demanded: the boundary it looks for moves")
-    if share == 0:
-        return outcome("pass", "nothing is demanded of this kind of attack here")
-    wanted = right & (case.needed <= share)
+    wanted = right & (case.needed <= (share or 1))
     missed = int((wanted & ~broken).sum())
     if case.masked and missed and attack.needs == "gradients":
         flag = zero_gradient(case.victim, case.x, case.y, attack)
         if flag.raised:
             return outcome("pass", f"{missed} resist, as expected; the audit says {flag.name}")
+    if case.random and attack.minimum_norm:
+        why = "nothing is demanded: the boundary it looks for moves"
+        return outcome("pass" if count else "skipped", why)
+    if share == 0:
+        return outcome(*_beside_noise(threat, case, count))
     demand = f"{int(wanted.sum())} that {100 * share:.0f}% of the optimum breaks"
     if missed:
         return outcome("FAIL", f"misses {missed} of the {demand}")
-    return outcome("pass", f"all {demand}")
+    return outcome("pass" if count else "skipped", f"all {demand}")
+
+
+def _beside_noise(threat: ThreatModel, case: Case, count: int) -> tuple[Verdict, str]:
+    """Breaking so many images, of an attack that is not held to an optimum."""
+    unlimited = replace(threat, query_budget=None)
+    by_noise = int((_broken(Noise(), unlimited, case) & (case.needed > 0)).sum())
+    if count < by_noise:
+        return "FAIL", f"breaks fewer than random noise does: {by_noise}"
+    if count == 0:
+        return "skipped", "nothing is demanded of this kind of attack here, and it breaks nothing"
+    return "pass", f"no optimum is demanded here; random noise breaks {by_noise}"
 
 
 def _tried(call: Callable[[], Tensor | list[str]]) -> Tensor | list[str] | tuple[Verdict, str]:

@@ -1,7 +1,7 @@
 """Looking at the victim: every flag is raised where its cause is planted, and only there."""
 
+import itertools
 import math
-import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -232,14 +232,54 @@ def test_a_victim_may_draw_from_any_global_generator(draw):
     assert raised(victim, attack=PGD(eot_samples=20)) == {}
 
 
-def test_chance_that_nobody_can_seed_is_no_switch():
-    def change(logits, x, _):
-        return logits + FIRST * os.urandom(1)[0] / 100
+def unseedable():
+    """Numbers from 0 to 1 that no seed decides; the first two are alike by chance."""
+    numbers = itertools.cycle([0.2, 0.2, 0.9, 0.1, 0.6, 1.0, 0.4])
+    return lambda: next(numbers)
 
-    checks = audit_victim(Victim(change), dataset(), PGD(eot_samples=20), config=Audit())
-    (check,) = [check for check in checks if check.name == "gradient_switch"]
-    assert check.raised is False
+
+def test_chance_that_nobody_can_seed_is_no_switch():
+    draw = unseedable()
+
+    def change(logits, x, _):
+        return logits + FIRST * draw()
+
+    check = switch_of(Victim(change))
+    assert check.raised is None
+    assert "could not be told from chance" in check.why
+
+
+def switch_of(victim):
+    return audit_by_name(victim, PGD(eot_samples=20))["gradient_switch"]
+
+
+@pytest.mark.parametrize("when", ["grad_enabled", "requires_grad", "train_mode"])
+def test_chance_that_nobody_can_seed_hides_no_switch(when):
+    """However little of it: noise a thousandth of the switch made the check give up."""
+    draw = unseedable()
+
+    def change(logits, x, self):
+        on = {
+            "grad_enabled": torch.is_grad_enabled(),
+            "requires_grad": x.requires_grad,
+            "train_mode": self.training,
+        }[when]
+        return logits + FIRST * (draw() / 200 + 5 * on)
+
+    check = switch_of(Victim(change))
+    assert check.raised
     assert check.measured["same_seeds"] > 1e-4
+    assert check.measured[when] > 100 * check.measured["same_seeds"]
+
+
+def test_dropout_in_training_is_no_switch_beside_chance_that_nobody_can_seed():
+    draw = unseedable()
+
+    def change(logits, x, self):
+        dropped = functional.dropout(logits, 0.5, self.training)
+        return dropped + FIRST * draw() / 200
+
+    assert switch_of(Victim(change)).raised is None
 
 
 NORMAL = {
@@ -317,6 +357,52 @@ def test_subset(data):
     assert (check.name, check.severe) == ("subset", False)
 
 
+def audit_by_name(victim, attack):
+    return {check.name: check for check in audit_victim(victim, dataset(), attack, config=Audit())}
+
+
+def test_with_little_memory_fewer_images_are_looked_at():
+    """A graph needs more of it than the forward passes that chose the batch size."""
+
+    class Limited(Victim):
+        def forward(self, x):
+            if len(x) > (40 if x.requires_grad else 150):
+                raise torch.OutOfMemoryError("no memory left")
+            return super().forward(x)
+
+    checks = audit_by_name(Limited(), PGD())
+    assert {name for name, check in checks.items() if check.raised is not False} == set()
+    right = int(
+        (Victim()(dataset().test.pixels(slice(32))).argmax(1) == torch.arange(32) % 3).sum()
+    )
+    assert checks["zero_gradient"].measured["attacked"] == right
+    assert not is_random(Limited(), dataset())
+
+
+def test_a_look_that_breaks_down_is_skipped():
+    class Brittle(Victim):
+        def forward(self, x):
+            if x.requires_grad:
+                raise TypeError("numbers of NumPy only")
+            return super().forward(x)
+
+    checks = audit_by_name(Brittle(), Square())
+    assert checks["gradient_switch"].raised is None
+    assert checks["gradient_switch"].why == (
+        "the check could not be made: TypeError numbers of NumPy only"
+    )
+    assert checks["randomized"].raised is False
+
+    class Interrupted(Victim):
+        def forward(self, x):
+            if x.requires_grad:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        audit_victim(Interrupted(), dataset(), PGD(), config=Audit())
+
+
 def test_at_most_so_many_images_are_looked_at():
     class Looking(Victim):
         most = 0
@@ -337,6 +423,7 @@ def test_at_most_so_many_images_are_looked_at():
         ({"sample": 0}, "whole number from 1: type audit.sample=10"),
         ({"passes": 1}, "whole number from 2"),
         ({"stray_images": -1}, "whole number from 0"),
+        ({"spread": 2}, "audit.spread=2; expected a distance of unit vectors up to 0.1"),
         ({"points": math.nan}, "audit.points=nan; expected a number from 0"),
         ({"unbounded": [1.5]}, "up to 1: type audit.unbounded=[1,0.5]"),
         ({"epsilon_factors": 2}, "expected a list of numbers above 0"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from conftest import LinearVictim, Masked
+from conftest import Counting, LinearVictim, Masked, NoisyLogits
 from torch import nn
 
 from robustbench_local.attacks import (
@@ -27,11 +27,19 @@ from robustbench_local.data import Split
 from robustbench_local.defenses import Preprocess, Wrapped
 from robustbench_local.evaluation import Audit, Judging, audit_attack, evaluate
 from robustbench_local.evaluation.audit import COSTLY
+from robustbench_local.evaluation.audit.case import Case
 from robustbench_local.evaluation.audit.comparison import broken_besides
-from robustbench_local.evaluation.audit.frozen import Frozen
-from robustbench_local.evaluation.audit.variations import longer
+from robustbench_local.evaluation.audit.frozen import Frozen, frozen_randomness
+from robustbench_local.evaluation.audit.rivals import noise_as_strong, weaker_than_black_box
+from robustbench_local.evaluation.audit.trials import Trials
+from robustbench_local.evaluation.audit.variations import black_box, longer
 from robustbench_local.evaluation.audit.watch import Watch
-from robustbench_local.evaluation.audit.watched import last_drop
+from robustbench_local.evaluation.audit.watched import (
+    last_drop,
+    loss_still_falling,
+    nearest_run,
+    watched,
+)
 from robustbench_local.gradients import is_randomized
 from robustbench_local.oracle import Oracle
 from robustbench_local.randomness import reseed
@@ -153,6 +161,41 @@ def test_steps_that_are_too_short(digit_model, split):
     assert checks["loss_still_falling"].measured["mean_drop"] > 0.5
 
 
+RESTARTED = {
+    "pgd": PGD(steps=15, step_size=0.02, restarts=3),
+    "apgd": APGD(steps=15, restarts=3),
+    "apgd_t": APGD(steps=15, loss="dlr_targeted", targets=3),
+}
+
+
+@pytest.mark.parametrize("name", RESTARTED)
+def test_restarts_do_not_hide_a_loss_that_still_falls(digit_model, split, name):
+    """Beside the single run that the attack is made of: all of them fall as far in the end."""
+    attack, config = RESTARTED[name], replace(FULL, sample=20)
+    single = replace(attack, restarts=1, **({"targets": 1} if name == "apgd_t" else {}))
+
+    def drop(attack):
+        oracle = Oracle(digit_model, replace(LINF, epsilon=0.05), 10, randomized=False)
+        trials = Trials(oracle, split, judging=Judging(), batch_size=20, sample=20)
+        base = watched(trials, attack, paths=True)
+        return loss_still_falling(trials, base, attack, config)
+
+    many, one = drop(attack), drop(single)
+    assert many.measured["resisting"] > 10
+    assert many.measured["mean_drop"] == pytest.approx(one.measured["mean_drop"], rel=0.35)
+    assert many.raised is one.raised
+    assert many.raised is (name == "pgd")
+
+
+def test_runs_that_cannot_be_told_apart_are_left_out(digit_model, split):
+    class Restarted(Crashing):
+        restarts = 2
+
+    checks = audited(digit_model, Restarted(12), split, config=replace(FULL, sample=3))
+    check = checks["loss_still_falling"]
+    assert check.why == "where one of its restarts ends is not known; see not_converged"
+
+
 @pytest.mark.slow
 def test_a_random_victim_and_one_sample(digit_model, split):
     """More steps on single noisy gradients go on finding more; averaged ones do not."""
@@ -224,6 +267,100 @@ def test_an_attack_that_lives_on_the_randomness(digit_model, split):
     assert check.raised
     assert check.measured["fresh"] < 0.2
     assert check.measured["frozen"] > 0.4
+
+
+def random_case(victim, attack, split, threat=LINF, *, draws=10, **settings):
+    """What a single check of an attack on a random victim is given."""
+    config = replace(FULL, **settings)
+    oracle = Oracle(victim, threat, 10, randomized=True)
+    judging = Judging(draws=draws, reseed=lambda seed: reseed(victim, seed))
+    trials = Trials(oracle, split, judging=judging, batch_size=40, sample=config.sample)
+    return Case(trials, oracle, attack, split, config, 0, {})
+
+
+def test_gradients_that_are_masked_whether_or_not_the_draws_hold_still(digit_model, split):
+    """Freezing changes nothing, and a search with scores tells it from a network that is robust."""
+    masked = Wrapped(Shaking(0.02), Masked(digit_model))
+    few = {"sample": 6, "frozen_images": 6, "black_box_queries": 60, "stray_images": 0}
+    attack, threat = PGD(steps=5, eot_samples=2), replace(LINF, epsilon=0.25)
+    check = frozen_randomness(random_case(masked, attack, split, threat, **few))
+    assert min(check.measured["fresh"], check.measured["frozen"]) > 0.6
+    assert check.measured["broken_besides"] >= 1
+    assert check.raised
+    assert "a search with scores alone breaks" in check.why
+
+    sound = Wrapped(Shaking(0.02), digit_model)
+    threat = replace(LINF, epsilon=0.02)
+    check = frozen_randomness(random_case(sound, attack, split, threat, **few))
+    assert check.measured["frozen"] > 0.6
+    assert check.measured["broken_besides"] == 0
+    assert check.raised is False
+
+
+def test_freezing_compares_one_look_with_one_look(digit_model, split):
+    """An attack that does nothing, on a victim that tosses a coin: right half the time.
+
+    A look before the attack that had to go well too would make that a quarter for fresh draws.
+    """
+
+    class Tossing(nn.Module):
+        def forward(self, x):
+            heads = torch.rand(len(x), 1) < 0.5
+            return torch.where(heads, digit_model(x), -digit_model(x))
+
+    config = {"sample": 50, "frozen_images": 50, "black_box_queries": 2}
+    right = replace(split, labels=digit_model(split.pixels(slice(None))).argmax(1))
+    case = random_case(Tossing(), Forgetful(steps=1), right, **config)
+    assert case.base.correct.double().mean() == pytest.approx(0.5, abs=0.08)
+    check = frozen_randomness(case)
+    assert check.measured["frozen"] == pytest.approx(check.measured["fresh"], abs=0.15)
+    assert check.raised is False
+
+
+def test_a_search_with_scores_tries_as_many_points_of_a_random_victim(digit_model, split):
+    """A point costs the draws averaged, and under Square twice that."""
+    x = split.pixels(slice(2))
+    y = digit_model(x).argmax(1)
+    for randomized, samples, cost in ((False, 1, 1), (True, 1, 2), (True, 5, 10)):
+        victim = Counting(NoisyLogits(digit_model, 0.1 if randomized else 0))
+        oracle = Oracle(victim, replace(LINF, epsilon=0.001), 10, randomized=randomized)
+        search, queries = black_box(PGD(eot_samples=samples), oracle, 30)
+        assert queries == 30 * cost
+        search(oracle, x, y, oracle.threat)
+        assert 29 * cost <= victim.images / 2 <= 30 * cost
+
+    threat = ThreatModel(norm="l0", epsilon=1)
+    search, queries = black_box(PGD(eot_samples=5), Oracle(digit_model, threat, 10), 30)
+    assert (search.population * search.generations, queries) == (28, 150)
+    tight = replace(threat, query_budget=50)
+    search, queries = black_box(PGD(eot_samples=5), Oracle(digit_model, tight, 10), 30)
+    assert (search.population * search.generations, queries) == (8, 50)
+
+
+def test_masked_gradients_behind_noise_are_found_with_scores(digit_model, split):
+    masked = Wrapped(Shaking(0.02), Masked(digit_model))
+    attack, threat = PGD(steps=2, eot_samples=5), replace(LINF, epsilon=0.25)
+    case = random_case(masked, attack, split, threat, sample=20, black_box_queries=60)
+    check = weaker_than_black_box(case)
+    assert check.raised
+    assert list(check.measured["broken_besides"]) == ["Square (600 queries)"]
+
+
+def test_a_single_draw_of_the_judge_makes_no_rival_stronger(split):
+    """Every answer is a coin's: whoever compares single draws finds a quarter broken besides."""
+
+    class Coin(nn.Module):
+        def forward(self, x):
+            return 0 * x.sum() + torch.randn(len(x), 10) + 2 * (torch.arange(10) == 0)
+
+    zeros = replace(split, labels=torch.zeros_like(split.labels))
+    config = {"sample": 400, "noise_draws": 1}
+    case = random_case(Coin(), Forgetful(steps=1), zeros, draws=1, **config)
+    share = float(case.base.correct.double().mean())
+    assert 0.3 < share < 0.9
+    check = noise_as_strong(case)
+    assert not check.raised
+    assert abs(check.measured["broken_besides"]) < 0.1 * 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +440,66 @@ def test_a_crash_at_another_radius_loses_nothing(digit_model, split):
         assert "RuntimeError tensors of different sizes" in checks[name].why
     assert checks["weaker_than_fgsm"].raised is False
     assert checks["silent_success"].raised is False
+
+
+class Limited(nn.Module):
+    """Has memory for so many images at a time."""
+
+    def __init__(self, model, most):
+        super().__init__()
+        self.model, self.most = model, most
+
+    def forward(self, x):
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("no memory left")
+        return self.model(x)
+
+
+def test_the_sample_is_looked_at_in_batches(digit_model, split):
+    config = replace(FULL, sample=20, noise_draws=2, black_box_queries=10)
+
+    def measured(victim):
+        checks = audit_attack(
+            Oracle(victim, LINF, 10), PGD(steps=3), split, LINF, config=config,
+            judging=Judging(), batch_size=5,
+        )  # fmt: skip
+        return [(check.name, check.raised, check.measured) for check in checks]
+
+    assert measured(Limited(digit_model, 5)) == measured(digit_model)
+
+
+def test_a_sample_that_cannot_be_looked_at_skips_every_check(digit_model, split):
+    checks = audited(Limited(digit_model, 0), PGD(), split)
+    why = "the sample could not be looked at: OutOfMemoryError no memory left"
+    assert {(check.raised, check.why) for check in checks.values()} == {(None, why)}
+
+
+class InBatches(nn.Module):
+    """Noisy, and breaks down on an image that is alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = NoisyLogits(model, 0.01)
+
+    def forward(self, x):
+        return self.model(x).squeeze()[:, :]
+
+
+def test_a_check_that_breaks_down_beside_the_attack_is_skipped(digit_model, split, monkeypatch):
+    """Nothing of an evaluation that is done is lost, and the other checks are made."""
+    config = replace(FULL, sample=6, noise_draws=2, black_box_queries=4, epsilon_factors=[0.5])
+    attack = PGD(steps=2, eot_samples=2)
+    checks = audited(InBatches(digit_model), attack, split, config=config, draws=2)
+    assert checks["frozen_randomness"].raised is None
+    assert checks["frozen_randomness"].why.startswith("the check could not be made: IndexError ")
+    assert made(checks) >= {"not_converged", "weaker_than_fgsm", "noise_as_strong"}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trials, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        audited(digit_model, attack, split, config=config)
 
 
 def test_noise_breaks_what_an_idle_attack_does_not(digit_model, split):
@@ -553,6 +750,14 @@ def test_the_last_steps_of_a_loss():
     # What was reached before and lost again does not count twice.
     wave = torch.cat([torch.tensor([-1.0, 1.0]), -torch.ones(20), torch.tensor([1.0])])
     assert last_drop(wave, 10) == 0
+
+
+def test_the_run_that_came_nearest():
+    runs = torch.tensor([[-5.0, -4.0, -3.0], [-9.0, -1.0, -2.0], [-8.0, -7.0, -6.0]])
+    path = torch.cat([torch.tensor([0.0]), runs.flatten()])  # a look before the first run
+    assert nearest_run(path, 3).tolist() == [-9, -1, -2]
+    assert torch.equal(nearest_run(path, None), path)
+    assert torch.equal(nearest_run(path[:2], 3), path[:2])
 
 
 def test_luck_does_not_make_an_attack_weaker():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from robustbench_local.attacks import Attack, Cascade, Noise, Substitute, Transfer
+from robustbench_local.attacks import APGD, PGD, Attack, Cascade, Noise, Substitute, Transfer
 from robustbench_local.evaluation.audit.config import Audit
 from robustbench_local.threat import ThreatModel
 
@@ -22,6 +22,12 @@ def why_not(
         return "epsilon is 0, so nothing is attacked"
     reasons = _reasons(name, attack, threat, config, random=random)
     return next((why for applies, why in reasons if applies), None)
+
+
+def begins_anew(attack: Attack) -> bool:
+    """Whether one run follows on the other: restarts, or ascents towards several classes."""
+    restarts = getattr(attack, "restarts", 1)  # None: as many as the norm asks for
+    return restarts != 1 or getattr(attack, "loss", None) == "dlr_targeted"
 
 
 def _reasons(
@@ -49,6 +55,11 @@ def _reasons(
             (nearest, "the attack looks for a small perturbation, not for a high loss"),
             (isinstance(attack, Cascade), "its parts end one after the other; see not_converged"),
             (attack.foreign or not isinstance(steps, int), "its steps are not known"),
+            (
+                # Of Auto-PGD under l1 most points lie outside the ball, and are nobody's.
+                begins_anew(attack) and not isinstance(attack, PGD if norm == "l1" else PGD | APGD),
+                "where one of its restarts ends is not known; see not_converged",
+            ),
             (
                 isinstance(steps, int) and steps <= config.last_steps,
                 f"the attack has no more than {config.last_steps} steps; see not_converged",

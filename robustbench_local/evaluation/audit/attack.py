@@ -5,11 +5,20 @@ Sources: Carlini et al. 2019 (arXiv:1902.06705, sections 4 and 5), Croce and Hei
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from robustbench_local.attacks import Attack
 from robustbench_local.data import Split
 from robustbench_local.evaluation.audit.case import Case
-from robustbench_local.evaluation.audit.check import COSTLY, Check, count, found, skipped
+from robustbench_local.evaluation.audit.check import (
+    COSTLY,
+    Check,
+    attempted,
+    count,
+    found,
+    skipped,
+    told,
+)
 from robustbench_local.evaluation.audit.comparison import (
     accuracy,
     is_more_than_chance,
@@ -46,16 +55,22 @@ def audit_attack(
 
     `oracle`, `threat`, `judging` and `batch_size` are those of the evaluation, `attack` is ready
     (fitted, with its models). `sources` are other models, by name, from which images may carry
-    over: the network without its defense, for one. The oracle counts nothing of all this.
+    over: the network without its defense, for one. The oracle counts nothing of all this. A check
+    that breaks down is skipped too, with what the exception said: the evaluation is done and must
+    not be lost over it.
     """
     if config.level == "cheap":
         return [skipped(name, "audit=full makes this check") for name in COSTLY]
     if judging.victim is not None and judging.victim is not oracle.victim:
         return [skipped(name, "the attack does not face the defense") for name in COSTLY]
     oracle = Oracle(oracle.victim, threat, oracle.num_classes, randomized=oracle.randomized)
-    trials = Trials(oracle, split, judging=judging, batch_size=batch_size, sample=config.sample)
-    case = Case(trials, oracle, fresh(attack), split, config, judging.seed, dict(sources or {}))
-    return [_check(name, case) for name in COSTLY]
+    try:
+        trials = Trials(oracle, split, judging=judging, batch_size=batch_size, sample=config.sample)
+        case = Case(trials, oracle, fresh(attack), split, config, judging.seed, dict(sources or {}))
+    except Exception as error:
+        why = f"the sample could not be looked at: {told(error)}"
+        return [skipped(name, why) for name in COSTLY]
+    return [attempted(name, partial(_check, name, case)) for name in COSTLY]
 
 
 def _check(name: str, case: Case) -> Check:
@@ -131,13 +146,13 @@ def _unconstrained_failure(case: Case) -> Check:
         correct = trials.run(f"unbounded {share}", case.attack, threat, rows=left)
         left = left[correct[left].double().mean(1) > 0.5]
     measured = {"failed": len(left), "attacked": len(trials.right), "epsilon": radii}
-    told = " and ".join(f"{radius:.4g}" for radius in radii)
+    sizes = " and ".join(f"{radius:.4g}" for radius in radii)
     why = (
         f"{len(left)} of {count(len(trials.right), 'image')} resist the attack even at epsilon "
-        f"{told}, where nothing is left of them"
+        f"{sizes}, where nothing is left of them"
     )
     if len(left) == 0:
-        why = f"without a bound (epsilon {told}) every image falls"
+        why = f"without a bound (epsilon {sizes}) every image falls"
     return found("unconstrained_failure", len(left) > 0, measured, why)
 
 
@@ -152,12 +167,5 @@ _MADE: Mapping[str, Callable[[Case], Check]] = {
     "weaker_than_fgsm": weaker_than_fgsm,
     "weaker_than_black_box": weaker_than_black_box,
     "noise_as_strong": noise_as_strong,
-    "frozen_randomness": lambda case: frozen_randomness(
-        case.oracle,
-        case.attack,
-        case.split,
-        case.base.correct,
-        config=case.config,
-        seed=case.seed,
-    ),
+    "frozen_randomness": frozen_randomness,
 }

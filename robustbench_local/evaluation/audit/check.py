@@ -1,8 +1,10 @@
 """What an audit says: every check with what it measured, whether or not it raised a flag."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from robustbench_local.errors import FoulError, UserError
 
 SEVERE = {
     "oblivious": True,
@@ -66,6 +68,23 @@ def found(
 def skipped(name: str, why: str) -> Check:
     """A check that does not apply, and the reason."""
     return Check(name, SEVERE[name], None, {}, why)
+
+
+def attempted(name: str, check: Callable[[], Check]) -> Check:
+    """The check, or one that is skipped because something broke down while it was made.
+
+    The evaluation went through or is still to come: neither may be lost over a check.
+    """
+    try:
+        return check()
+    except Exception as error:
+        return skipped(name, f"the check could not be made: {told(error)}")
+
+
+def told(error: Exception) -> str:
+    """What an exception says, in a sentence; with its name where it was not meant for users."""
+    name = "" if isinstance(error, UserError | FoulError) else type(error).__name__
+    return f"{name} {error}".strip()
 
 
 def flags(checks: Iterable[Check]) -> list[Check]:

@@ -16,7 +16,8 @@ class Audit:
     Always:
 
     - `images`: test images, the first ones, at which the victim is looked at. `passes`: forward
-      passes of the same images; `spread`: an L2 distance of normalised logits that is a difference.
+      passes of the same images; `spread`: an L2 distance of normalised logits that is a
+      difference, up to 0.1 (the largest there is is 2).
     - `softmax_tolerance`: how far the sum of probabilities may be from 1.
     - `smallest_test`: test images below which a result is that of a subset.
 
@@ -24,13 +25,19 @@ class Audit:
 
     - `sample`: on so many test images, the first ones.
     - `stray_images`: so many images that come out differently are luck and raise nothing;
-      `deviations`: and so many standard errors, where the victim draws random numbers.
+      `deviations`: and so many standard errors, where the victim draws random numbers. Where a
+      check allows a share of the sample, the larger of the two governs: the stray image below
+      `100 * stray_images / share` images, thus up to 200 for `points` and 500 for
+      `black_box_points` with the defaults, and the share above. At the default `sample` of 100 the
+      two shares have no effect.
     - `factor`: so many times the steps (or queries, or restarts) may change robust accuracy by
       `points`, in percent of the sample.
     - `last_steps` may bring at most the share `falling` of what the loss rises in all.
     - `epsilon_factors`: other radii, as multiples of epsilon. `unbounded`: radii at which every
       image should fall, as shares of the largest perturbation there is; one of them is enough.
-    - `black_box_queries`: of the Square attack, per image; it may break `black_box_points` more.
+    - `black_box_queries`: points that the Square attack tries, per image; it may break
+      `black_box_points` more. Each is one forward pass, of a victim that draws random numbers twice
+      as many as the attack averages draws.
     - `noise_draws`: random points of the budget, per image.
     - `frozen_images`: images attacked with the victim's randomness held still.
     """
@@ -72,6 +79,11 @@ class Audit:
                 raise UserError(
                     f"audit.{name}={value}; expected a number from 0: leave it out for the default"
                 )
+        if self.spread > 0.1:
+            raise UserError(
+                f"audit.spread={self.spread}; expected a distance of unit vectors up to 0.1, since "
+                "a larger one would call every victim deterministic: leave it out for the default"
+            )
         for name in ("epsilon_factors", "unbounded"):
             values = getattr(self, name)
             listed = isinstance(values, Sequence) and not isinstance(values, str)

@@ -39,9 +39,7 @@ def weaker_than_black_box(case: Case) -> Check:
 
     A query budget of the threat model holds for the search too.
     """
-    budget, most = case.threat.query_budget, case.config.black_box_queries
-    queries = most if budget is None else min(most, budget)
-    search = black_box(case.attack, case.threat, queries)
+    search, queries = black_box(case.attack, case.oracle, case.config.black_box_queries)
     rivals = {f"{type(search).__name__} ({queries} queries)": _besides(case, "black box", search)}
     if case.threat.norm != "l0":
         carried = PGD(early_stop=False, best_iterate=False, seed=case.attack.seed)

@@ -1,6 +1,7 @@
 """Attack a sample of test images again and again, each time judged by the harness."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from robustbench_local.attacks import Attack
 from robustbench_local.data import Split
-from robustbench_local.errors import FoulError, UserError
+from robustbench_local.evaluation.audit.check import told
 from robustbench_local.evaluation.evaluate import Judging
 from robustbench_local.evaluation.judge import Verdict, exact, judge
 from robustbench_local.oracle import Oracle
@@ -28,7 +29,8 @@ class Trials:
     """The first images of a test set, and what became of them under one attack after the other.
 
     `clean` are the draws of the judge, each image right or wrong, bool (N, draws) on the CPU. Right
-    is after an attack also what the victim rejects, as in the evaluation.
+    is after an attack also what the victim rejects, as in the evaluation. A random victim is asked
+    twice at least: what one draw chooses another one scores, see `comparison.broken_besides`.
     """
 
     def __init__(
@@ -39,8 +41,13 @@ class Trials:
         self.victim, self.threat, self.classes = oracle.victim, oracle.threat, oracle.num_classes
         self.random = judging.draws > 1 or oracle.randomized is True
         self._randomized = oracle.randomized
-        self._judging, self._batch_size = judging, batch_size
-        self.clean = self._ask(self.x, torch.arange(len(self.x)), self.threat, "clean").correct
+        draws = max(2, judging.draws) if self.random else judging.draws
+        self._judging, self._batch_size = replace(judging, draws=draws), batch_size
+        looks = [
+            self._ask(self.rows(part)[0], part, self.threat, "clean")
+            for part in self.batches(torch.arange(len(self.x)))
+        ]
+        self.clean = torch.cat([look.correct for look in looks])
 
     def __len__(self) -> int:
         return len(self.x)
@@ -59,7 +66,7 @@ class Trials:
         rows: Tensor | None = None,
         face: Face | None = None,
     ) -> Tensor:
-        """Draws right before and after an attack on `rows`, bool (N, draws); others as they were.
+        """Draws right after an attack on `rows`, bool (N, draws); others as they were before.
 
         `name` tells this look of the judge from the others. By default every right image is
         attacked, and the attack meets the victim behind an `Oracle`. Raises `VariationError` where
@@ -78,10 +85,8 @@ class Trials:
                     x_adv = attack(model, x, y, threat)
                 verdict = self._ask(x_adv, part, threat, name)
             except Exception as error:
-                # The evaluation went through: what became of it must not be lost over this.
-                told = "" if isinstance(error, UserError | FoulError) else type(error).__name__
-                raise VariationError(f"{told} {error}".strip()) from error
-            correct[part] &= verdict.resists
+                raise VariationError(told(error)) from error
+            correct[part] = verdict.resists
         return correct
 
     def batches(self, rows: Tensor) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 from robustbench_local.attacks import PGD, Attack, Cascade, OnePixel, Square
 from robustbench_local.attacks.library import LibraryAttack
 from robustbench_local.attacks.minimum_norm import diameter
+from robustbench_local.oracle import Oracle, is_settled
 from robustbench_local.threat import ThreatModel
 from robustbench_local.types import Images
 
@@ -55,18 +56,29 @@ def one_step(attack: Attack) -> Attack:
     )
 
 
-def black_box(attack: Attack, threat: ThreatModel, queries: int) -> Attack:
-    """A search with scores alone for this norm: Square, and differential evolution under l0."""
-    samples = max(1, attack.draws_averaged)
-    if threat.norm != "l0":
-        return Square(queries=max(queries, samples), eot_samples=samples, seed=attack.seed)
-    population = max(4, min(100, queries // 10))
-    return OnePixel(
+def black_box(attack: Attack, oracle: Oracle, proposals: int) -> tuple[Attack, int]:
+    """A search with scores alone that tries so many points, and the forward passes it may ask for.
+
+    Square, and differential evolution under l0. A point costs as many passes as the attack averages
+    draws, and under Square twice that of a victim that draws random numbers: it asks about the
+    current point again. A query budget of the threat model shortens the search.
+    """
+    samples, budget = max(1, attack.draws_averaged), oracle.threat.query_budget
+    few_pixels = oracle.threat.norm == "l0"
+    cost = samples if few_pixels or is_settled(oracle, samples) else 2 * samples
+    queries = proposals * cost if budget is None else min(proposals * cost, budget)
+    if not few_pixels:
+        square = Square(queries=max(queries, samples), eot_samples=samples, seed=attack.seed)
+        return square, queries
+    looks = queries // samples
+    population = max(4, min(100, looks // 10))
+    evolution = OnePixel(
         population=population,
-        generations=max(1, queries // population),
+        generations=max(1, looks // population),
         eot_samples=samples,
         seed=attack.seed,
     )
+    return evolution, queries
 
 
 def whole_range(threat: ThreatModel, x: Images, share: float) -> ThreatModel:

@@ -4,7 +4,9 @@ Sources: Carlini et al. 2019 (arXiv:1902.06705), Croce and Hein 2020 (arXiv:2003
 of their code), Pintor et al. 2022 (arXiv:2106.09947).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch.nn import functional
 
 from robustbench_local.attacks import Attack, AutoAttack, Transfer
 from robustbench_local.data import Dataset
-from robustbench_local.evaluation.audit.check import Check, count, found, skipped
+from robustbench_local.evaluation.audit.check import Check, attempted, count, found, skipped
 from robustbench_local.evaluation.audit.config import Audit
 from robustbench_local.evaluation.audit.switch import gradient_switch
 from robustbench_local.gradients import attack_loss, pristine
@@ -29,16 +31,22 @@ def audit_victim(
     awareness: str = "adaptive",
     at_most: int | None = None,
 ) -> list[Check]:
-    """Everything that can be said before the attack has run; `at_most` images fit on the device."""
+    """Everything that can be said before the attack has run, on `at_most` images.
+
+    Where the device has no memory for as many, on as many as it has. A check that breaks down is
+    skipped with what the exception said.
+    """
     x, y = _first(data, config, at_most)
-    looks = look_often(victim, x, y, passes=config.passes)
+    looks = _fitting(lambda x, y: look_often(victim, x, y, passes=config.passes), x, y)
+    switch = partial(_fitting, lambda x, y: gradient_switch(victim, x, spread=config.spread), x, y)
+    zero = partial(_fitting, lambda x, y: zero_gradient(victim, x, y, attack), x, y)
     return [
         _oblivious(awareness),
         _subset(data, config),
         _randomized(looks, attack, config),
-        gradient_switch(victim, x, spread=config.spread),
+        attempted("gradient_switch", switch),
         _softmax_output(looks.outputs[0, :, : data.num_classes], config),
-        zero_gradient(victim, x, y, attack),
+        attempted("zero_gradient", zero),
     ]
 
 
@@ -47,8 +55,25 @@ def is_random(
 ) -> bool:
     """Whether forward passes of the same images differ, declared or not."""
     config = config or Audit()
-    looks = look_often(victim, *_first(data, config, at_most), passes=config.passes)
+    x, y = _first(data, config, at_most)
+    looks = _fitting(lambda x, y: look_often(victim, x, y, passes=config.passes), x, y)
     return looks.differ(config.spread)
+
+
+_Seen = TypeVar("_Seen")
+
+
+def _fitting(look: Callable[[Images, Labels], _Seen], x: Images, y: Labels) -> _Seen:
+    """A look at the images, at half of them where the device runs out of memory, and so on."""
+    while True:
+        try:
+            return look(x, y)
+        except torch.OutOfMemoryError:
+            if len(x) == 1:
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        x, y = x[: len(x) // 2], y[: len(y) // 2]
 
 
 def _first(data: Dataset, config: Audit, at_most: int | None) -> tuple[Images, Labels]:

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from robustbench_local.attacks import Attack
+from robustbench_local.attacks import APGD, PGD, Attack
+from robustbench_local.evaluation.audit.applicability import begins_anew
 from robustbench_local.evaluation.audit.check import Check, count, found
 from robustbench_local.evaluation.audit.config import Audit
 from robustbench_local.evaluation.audit.trials import Trials
@@ -60,14 +61,16 @@ def silent_success(trials: Trials, base: Watched) -> Check:
 def loss_still_falling(trials: Trials, base: Watched, attack: Attack, config: Audit) -> Check:
     """Indicator 4 of Pintor et al. 2022 (arXiv:2106.09947), mean over what resists.
 
-    The loss is the margin of the true class, which the attack wants to fall.
+    The loss is the margin of the true class, which the attack wants to fall. Of an attack that
+    begins anew, with restarts or towards one class after the other, it is that of the run which
+    came nearest to breaking the image: over all of them the best margin so far would hardly fall.
     """
     last = config.last_steps * max(1, attack.draws_averaged)
-    drops = [
-        last_drop(watch.path(place), last)
-        for rows, watch in base.watches
-        for place in base.correct[rows].all(1).nonzero().squeeze(1).tolist()
-    ]
+    length = questions_of_a_run(attack)
+    drops = []
+    for rows, watch in base.watches:
+        for place in base.correct[rows].all(1).nonzero().squeeze(1).tolist():
+            drops.append(last_drop(nearest_run(watch.path(place), length), last))
     mean = sum(drops) / len(drops) if drops else 0.0
     above = sum(drop > config.falling for drop in drops)
     measured = {"mean_drop": mean, "resisting": len(drops), "above_threshold": above}
@@ -80,6 +83,25 @@ def loss_still_falling(trials: Trials, base: Watched, attack: Attack, config: Au
     raised = mean > config.falling
     why += "; give the attack more steps" if raised else ""
     return found("loss_still_falling", raised, measured, why)
+
+
+def questions_of_a_run(attack: Attack) -> int | None:
+    """How often an attack that begins anew asks about an image in each run; None where it does not.
+
+    Only about images that resist, since the others leave on the way. For attacks of which
+    `applicability` says that it is known.
+    """
+    if not (begins_anew(attack) and isinstance(attack, PGD | APGD)):
+        return None
+    return (attack.steps + 1) * attack.eot_samples  # and a look at where it ends
+
+
+def nearest_run(margins: Tensor, length: int | None) -> Tensor:
+    """Of whole runs of so many questions, the last one at the end, that of the largest margin."""
+    if length is None or len(margins) < length:
+        return margins
+    runs = margins[len(margins) % length :].view(-1, length)
+    return runs[runs.amax(1).argmax()]
 
 
 def last_drop(margins: Tensor, last: int) -> float:
