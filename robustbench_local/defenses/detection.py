@@ -132,6 +132,12 @@ class Detector(ABC):
             for start in range(0, len(images), at_once):
                 victim(images.pixels(slice(start, start + at_once)))
         hook.remove()
+        if sum(map(len, scores)) != len(images):
+            raise UserError(
+                f"defense.wrap.{self.called} is asked {sum(map(len, scores))} times about "
+                f"{len(images)} images by what stands in front of it; expected once for each: type "
+                f"it first, as in defense=[{self.called},NAME]"
+            )
         return replace(self, calibration=settle(torch.cat(scores), self.false_positive_rate))
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,8 @@ class JpegVote:
 
     Deviation: one model instead of one trained at each quality.
     """
+
+    averages: ClassVar[bool] = True
 
     qualities: Sequence[int] = QUALITIES
     surrogate: StandIn = "differentiable"

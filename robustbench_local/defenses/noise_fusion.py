@@ -74,6 +74,7 @@ class NoiseFusion:
     """
 
     run_time_only: ClassVar[frozenset[str]] = RUN_TIME | {"draws"}
+    averages: ClassVar[bool] = True
 
     distribution: Distribution = "gaussian"
     amplitude: float = 0.3

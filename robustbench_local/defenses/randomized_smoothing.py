@@ -61,6 +61,7 @@ class RandomizedSmoothing:
     run_time_only: ClassVar[frozenset[str]] = RUN_TIME | {
         "draws", "n0", "n", "alpha", "radii", "images",
     }  # fmt: skip
+    averages: ClassVar[bool] = True
 
     sigma: float = 0.25
     draws: int = 20

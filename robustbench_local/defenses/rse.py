@@ -77,6 +77,7 @@ class RSE:
     """
 
     run_time_only: ClassVar[frozenset[str]] = RUN_TIME | {"ensembles"}
+    averages: ClassVar[bool] = True
 
     init: float = 0.2
     inner: float = 0.1
