@@ -15,6 +15,7 @@ from robustbench_local.attacks.sandbox import sandbox
 from robustbench_local.defenses.drawing import Drawing
 from robustbench_local.defenses.jpeg_codec import differentiable
 from robustbench_local.defenses.median import median_filter
+from robustbench_local.defenses.settings import require_kind
 from robustbench_local.defenses.total_variation import TotalVariation
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import pristine
@@ -91,9 +92,17 @@ class ArtPreprocessor(Drawing):
     ) -> None:
         super().__init__(eot_samples=eot_samples, in_training=in_training, at_run_time=at_run_time)
         self.name = name
-        kind = _find(name)
+        kind = _find(str(name))
         accepted = inspect.signature(kind).parameters
-        arguments = _arguments(name, accepted, kwargs or {})
+        given = {} if kwargs is None else kwargs
+        require_kind(
+            "defense.wrap.art.kwargs",
+            given,
+            Mapping,
+            expected=f"the parameters of {name} by name",
+            example="={}",
+        )
+        arguments = _arguments(name, accepted, given)
         self._channels_first = "channels_first" in accepted
         with pristine(self), sandbox(0, torch.device("cpu")):
             self._art = self._told(lambda: kind(**arguments))

@@ -15,7 +15,7 @@ from torch.nn.functional import l1_loss
 
 from robustbench_local.attacks import Attack
 from robustbench_local.defenses.recipe import Recipe
-from robustbench_local.defenses.settings import read_number
+from robustbench_local.defenses.settings import read_number, require_attack, require_budget
 from robustbench_local.errors import UserError
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
@@ -83,6 +83,8 @@ class Denoising(Recipe):
     classifier: Model | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        require_attack(f"{KEY}.attack", self.attack)
+        require_budget(f"{KEY}.threat", self.threat)
         self.attack.require(self.threat)
         for name, most, expected in (
             ("noise", 1.0, "a standard deviation in pixel units, from 0 to 1"),

@@ -134,9 +134,9 @@ class Detector(ABC):
         hook.remove()
         if sum(map(len, scores)) != len(images):
             raise UserError(
-                f"defense.wrap.{self.called} is asked {sum(map(len, scores))} times about "
-                f"{len(images)} images by what stands in front of it; expected once for each: type "
-                f"it first, as in defense=[{self.called},NAME]"
+                f"a {type(self).__name__} is asked {sum(map(len, scores))} times about "
+                f"{len(images)} images by what stands in front of it; expected once for each: name "
+                "the detector first, as in defense=[DETECTOR,OTHER]"
             )
         return replace(self, calibration=settle(torch.cat(scores), self.false_positive_rate))
 

@@ -10,7 +10,7 @@ from robustbench_local.attacks import Attack
 from robustbench_local.data import Dataset, Split
 from robustbench_local.defenses.detection import Detector, Scorer
 from robustbench_local.defenses.recipe import Recipe
-from robustbench_local.defenses.settings import require_count
+from robustbench_local.defenses.settings import require_attack, require_budget, require_count
 from robustbench_local.errors import UserError
 from robustbench_local.identity import class_version
 from robustbench_local.models import Normalized, pixel_statistics
@@ -54,6 +54,8 @@ class DetectorNetwork(Detector):
         require_count("defense.wrap.detector.width", self.width, example=16)
         if self.epochs is not None:
             require_count("defense.wrap.detector.epochs", self.epochs, example=5)
+        require_attack("defense.wrap.detector.attack", self.attack)
+        require_budget("defense.wrap.detector.threat", self.threat)
         self.attack.require(self.threat)
 
     def fit(self, workshop: "Workshop") -> Self:

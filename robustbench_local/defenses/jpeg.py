@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robustbench_local.defenses.drawing import Drawing
 from robustbench_local.defenses.jpeg_codec import compress, differentiable
 from robustbench_local.defenses.preprocess import Preprocess
+from robustbench_local.defenses.settings import require_flag
 from robustbench_local.errors import UserError
 from robustbench_local.types import Images, Logits, Model
 
@@ -19,6 +20,8 @@ StandIn: TypeAlias = Literal["differentiable", "identity"]
 
 QUALITIES = (20, 40, 60, 80)
 """Those of SHIELD."""
+
+_KEY = "defense.wrap.NAME"
 
 
 class Jpeg(Preprocess):
@@ -125,6 +128,8 @@ class JpegVote:
     def __post_init__(self) -> None:
         _checked_list(self.qualities)
         _checked(self.surrogate)
+        for name in ("in_training", "at_run_time"):
+            require_flag(f"{_KEY}.{name}", getattr(self, name))
 
     def __call__(self, model: Model) -> "Voting":
         """The model behind all qualities."""
@@ -172,8 +177,8 @@ def _checked_list(qualities: Sequence[int]) -> tuple[int, ...]:
     if isinstance(qualities, Sequence) and qualities and all(map(_is_quality, qualities)):
         return tuple(qualities)
     raise UserError(
-        f"qualities={qualities} of a JPEG defense; expected one or more whole numbers from 1 to "
-        "100: type defense.wrap.NAME.qualities=[20,40,60,80]"
+        f"{_KEY}.qualities={qualities}; expected one or more whole numbers from 1 to 100: type "
+        f"{_KEY}.qualities=[20,40,60,80]"
     )
 
 
@@ -181,6 +186,6 @@ def _checked(surrogate: StandIn) -> StandIn:
     if surrogate in ("differentiable", "identity"):
         return surrogate
     raise UserError(
-        f"surrogate={surrogate} of a JPEG defense; expected differentiable or identity: type "
-        "defense.wrap.NAME.surrogate=differentiable"
+        f"{_KEY}.surrogate={surrogate}; expected differentiable or identity: type "
+        f"{_KEY}.surrogate=differentiable"
     )

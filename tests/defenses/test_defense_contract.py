@@ -10,6 +10,7 @@ import torch
 from contract_parts import (
     CHOICES,
     CLASSES,
+    CONF,
     RECIPES,
     REGULARIZERS,
     WRAPS,
@@ -25,7 +26,8 @@ from contract_parts import (
     victim_of,
     workshop,
 )
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -47,7 +49,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
         "consistency": [-1, "much"],
     },
     "awp": {"gamma": [0, 1, "nan"]},
-    "art": {"eot_samples": [0], "name": ["NoSuch"], "kwargs": [{"quality": 120}]},
+    "art": {"eot_samples": [0], "name": ["NoSuch", ["A"]], "kwargs": [{"quality": 120}, 5]},
     "art_detector": {
         "batch_size": [0],
         "epochs": [0, 1.5],
@@ -55,7 +57,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
         "hidden": [0],
         "images": [0],
         "learning_rate": [0, -0.1],
-        "name": ["NoSuch", "SubsetScanningDetector", "BeyondDetectorPyTorch"],
+        "name": ["NoSuch", "SubsetScanningDetector", "BeyondDetectorPyTorch", ["A"]],
         "width": [0],
     },
     "bilateral": {"size": [1, 4, 2.5], "sigma_space": [0, -1], "sigma_color": [0, "-1/255"]},
@@ -64,9 +66,9 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
         "adversarial_share": [-0.1, 1.5],
         "batch_size": [0],
         "depth": [0, 1, 2.5],
-        "epochs": [0],
+        "epochs": [0, "many"],
         "feature_weight": [-1],
-        "learning_rate": [0, -1],
+        "learning_rate": [0, -1, "fast"],
         "min_steps": [-1],
         "noise": [-0.1],
         "pixel_weight": [-1],
@@ -74,7 +76,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
     },
     "distillation": {"temperature": [0.5, 2000]},
     "fast_adversarial_training": {
-        "start": ["zero"],
+        "start": ["zero", ["uniform"]],
         "step_size": [0, -1],
         "noise": [-1],
         "epsilon_ramp": [1.5],
@@ -86,8 +88,16 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
         "width": [0, True],
     },
     "feature_squeezing": {"bits": [0, 9], "size": [0, 1, 4]},
-    "feature_squeezing_detector": {"false_positive_rate": [-0.1, 1, "nan"], "squeezers": [{}]},
-    "feature_squeezing_detector_cifar10": {"false_positive_rate": [-0.1, 1], "squeezers": [{}]},
+    "feature_squeezing_detector": {
+        "false_positive_rate": [-0.1, 1, "nan"],
+        "squeezers": [{}, None, 3],
+        "squeezers.bit_depth.bits": [0],
+    },
+    "feature_squeezing_detector_cifar10": {
+        "false_positive_rate": [-0.1, 1],
+        "squeezers": [{}],
+        "squeezers.nlm.strength": [0],
+    },
     "gaussian": {"sigma": [0, -1, "nan"]},
     "jpeg": {"quality": [0, 101, 7.5], "surrogate": ["none"]},
     "jpeg_random": {"qualities": [[], [0], [20, 101], 50], "eot_samples": [0, 1.5]},
@@ -314,21 +324,77 @@ def test_it_passes_its_trial_with_a_network_that_takes_any_size(choice: str, cha
 
 @pytest.mark.parametrize("choice", [name for name in CHOICES if name != "none"])
 def test_values_out_of_range_are_refused(choice: str) -> None:
-    """Every number of a part has values that are refused with its key."""
+    """Every number of a part has values that are refused with its key, as it is typed.
+
+    So are words in the place of true and false, and values in the place of what has a _target_.
+    """
     assert choice in OUT_OF_RANGE, f"add {choice} to OUT_OF_RANGE"
     node = settings(choice)
     (half,) = (half for half in ("recipe", "regularize", "wrap") if choice in node[half])
     own = node[half][choice]
     numbers = {key for key in own if type(own[key]) in (int, float)}
     assert numbers <= set(OUT_OF_RANGE[choice]), "a number without a value that is refused"
-    for key, values in OUT_OF_RANGE[choice].items():
+    flags = {key: ["no", "off", 1, None] for key in own if type(own[key]) is bool}
+    parts = {
+        key: ["pgd", 0.3]
+        for key in own
+        if isinstance(own[key], DictConfig) and "_target_" in own[key]
+    }
+    for key, values in {**OUT_OF_RANGE[choice], **flags, **parts}.items():
         for value in values:
-            wrong = OmegaConf.merge(node)
-            OmegaConf.update(wrong, f"{half}.{choice}.{key}", value, merge=False)
-            with pytest.raises(UserError, match=key.rpartition(".")[2]) as caught:
-                build_defense(wrong)  # type: ignore[arg-type]
-            said = str(caught.value)
-            assert "\n" not in said and any(word in said for word in ("expected", "type", "check"))
+            said = refusal(node, f"{half}.{choice}.{key}", value)
+            assert f"defense.{half}.{choice}.{key}" in said
+            assert any(word in said for word in ("expected", "type", "check"))
+
+
+def refusal(node: DictConfig, key: str, value: object) -> str:
+    """What is said where the key of the group has that value."""
+    wrong = copy.deepcopy(node)
+    OmegaConf.update(wrong, key, value, merge=False)
+    with pytest.raises(UserError) as caught:
+        build_defense(wrong)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize("choice", RECIPES)
+def test_a_recipe_without_its_attack_is_refused(choice: str) -> None:
+    own = settings(choice).recipe[choice]
+    for key in {"attack", "validation", "threat"} & set(own):
+        said = refusal(settings(choice), f"recipe.{choice}.{key}", None)
+        assert said.startswith(f"defense.recipe.{choice}.{key}=null; expected a")
+
+
+def test_a_part_under_another_name_and_within_another_says_where_it_lies() -> None:
+    node = copy.deepcopy(settings("median"))
+    OmegaConf.update(node, "wrap", {"mine": {**node.wrap.median, "size": 4}}, merge=False)
+    with pytest.raises(
+        UserError, match=r"^defense\.wrap\.mine\.size=4; .* type defense\.wrap\.mine"
+    ):
+        build_defense(node)
+    # What follows another setting is mended there.
+    told = r"^train\.adversarial_steps=0; expected"
+    with (
+        initialize_config_dir(str(CONF), version_base="1.3"),
+        pytest.raises(UserError, match=told),
+    ):
+        build_defense(compose("config", ["defense=mart", "train.adversarial_steps=0"]).defense)
+
+
+@pytest.mark.parametrize(
+    ("choice", "key", "told"),
+    [
+        ("jpeg", "wrap.jpeg.foo", r"defense\.wrap\.jpeg\.foo is not a key of Jpeg; expected one of "
+         r"quality, surrogate, in_training, at_run_time: type defense\.wrap\.jpeg\.KEY=VALUE"),
+        ("mart", "recipe.mart.attack.foo", r"defense\.recipe\.mart\.attack\.foo is not a key of P"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_is_told_with_those_beside_it(choice: str, key: str, told: str) -> None:
+    node = copy.deepcopy(settings(choice))
+    OmegaConf.update(node, key, 1, force_add=True)
+    with pytest.raises(UserError, match=f"^{told}"):
+        build_defense(node)
 
 
 @pytest.mark.parametrize("choice", [*RECIPES, *REGULARIZERS])

@@ -187,7 +187,7 @@ def test_an_average_that_does_not_say_so_is_found_when_the_threshold_is_set() ->
         return Averaged(model, draws=3)
 
     defense = Defense(wrap={"mine": average, "brightness": BrightnessDetector()})
-    with pytest.raises(UserError, match=r"brightness is asked 600 times about 200 images"):
+    with pytest.raises(UserError, match=r"BrightnessDetector is asked 600 times about 200 images"):
         defense.fit(workshop())
 
 
