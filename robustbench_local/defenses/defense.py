@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 Wrapper: TypeAlias = Callable[[Model], Model]
 """Builds the defended model around a model. Where that draws random numbers, the module it returns
 has `randomized = True`, `reseed(seed)` and `eot_samples`, like a `Preprocess`. It may have
-`in_training`, `at_run_time`, `run_time_only` and `fit` as well, `through(model)` for what is to be
-trained where that is not what is deployed, and `certify(victim, split, seed, progress)`. One that
+`in_training`, `at_run_time`, `run_time_only` and `fit` as well, with `check(network)` for what can
+be told before that, `through(model)` for what is to be trained where that is not what is deployed,
+and `certify(victim, split, seed, progress)`. One that
 averages what the model says in several passes says `averages = True`. One that rejects images says
 `abstains = True` and has `calibrate(victim, workshop)`, see `Detector`."""
 

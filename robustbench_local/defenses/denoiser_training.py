@@ -86,6 +86,8 @@ class Denoising(Recipe):
         require_attack(f"{KEY}.attack", self.attack)
         require_budget(f"{KEY}.threat", self.threat)
         self.attack.require(self.threat)
+        if self.layer is not None:  # on the command line layer=2 is a number
+            object.__setattr__(self, "layer", str(self.layer))
         for name, most, expected in (
             ("noise", 1.0, "a standard deviation in pixel units, from 0 to 1"),
             ("pixel_weight", math.inf, "the weight of a loss, 0 or more"),
@@ -113,9 +115,13 @@ class Denoising(Recipe):
 
     def on(self, classifier: Model) -> Self:
         """The same recipe for one classifier. Raises `UserError` where it has no such layer."""
+        self.check(classifier)
+        return replace(self, classifier=classifier)
+
+    def check(self, classifier: Model) -> None:
+        """Raise `UserError` where a classifier, trained or not, has no such layer."""
         if self.layer is not None:
             find_layer(classifier, self.layer)
-        return replace(self, classifier=classifier)
 
     @property
     def bare(self) -> Model:
