@@ -94,6 +94,9 @@ class JpegSlq(JpegRandom):
 
     The whole image is compressed at every quality; each block of 8x8 pixels, those cut off by the
     border too, is then taken from one of the decoded images, the same for all channels.
+
+    Deviation: SHIELD trains a network on plain JPEG of each quality and lets them vote on images
+    under SLQ; here is one network, with `in_training` trained on images under SLQ.
     """
 
     def draw(self, x: Images) -> Tensor:
@@ -115,7 +118,8 @@ class JpegSlq(JpegRandom):
 class JpegVote:
     """The mean of what the model says at every quality (Das et al. 2017, arXiv:1705.02900).
 
-    Deviation: one model instead of one trained at each quality.
+    Deviations: one model instead of one trained at each quality, and the mean of its probabilities
+    instead of the majority of their votes, so that there is a gradient.
     """
 
     averages: ClassVar[bool] = True
