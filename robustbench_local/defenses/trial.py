@@ -28,8 +28,9 @@ def check_defense(defense: Defense, network: Model, data: "Dataset") -> None:
     threshold is tried with any. Leaves no trace.
     """
     for step in defense.wrap.values():
-        if hasattr(step, "check"):
-            step.check(network)
+        check = getattr(step, "check", None)
+        if check is not None:
+            check(network)
     steps = {name: _with_threshold(step) for name, step in defense.wrap.items()}
     wraps = {name: step for name, step in steps.items() if not _learns(step)}
     if not wraps:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from robustbench_local.building import build_defense
-from robustbench_local.defenses import Defense, check_defense, declared_samples
+from robustbench_local.defenses import Defense, Preprocess, check_defense, declared_samples
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import input_gradient
 from robustbench_local.randomness import reseed
@@ -138,7 +138,15 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
 }
 """By file: a part's keys and values that each must be refused. A new file needs an entry here."""
 
+WITHOUT_TRANSFORMS = {
+    "art_detector", "detector", "randomized_smoothing", "rse", "sap", "temperature",
+}  # fmt: skip
+"""Wraps that transform no pixels by a `Preprocess` of their own."""
+
 wraps = pytest.mark.parametrize("choice", WRAPS)
+transforming = pytest.mark.parametrize(
+    "choice", [name for name in WRAPS if name not in WITHOUT_TRANSFORMS]
+)
 channels = pytest.mark.parametrize("channels", [1, 3])
 sizes = pytest.mark.parametrize("size", [(28, 28), (33, 30)], ids=["28x28", "33x30"])
 
@@ -174,12 +182,24 @@ def test_the_victim_answers_and_leaves_no_trace(
     assert torch.is_grad_enabled()
 
 
-@wraps
+def transforms_in(choice: str, channels: int) -> list[Preprocess]:
+    """The transforms of a file, one at least."""
+    found = transforms_of(victim_of(ready(choice, channels), channels))
+    assert found, f"{choice} has no transform: add it to WITHOUT_TRANSFORMS"
+    return found
+
+
+@pytest.mark.parametrize("choice", sorted(WITHOUT_TRANSFORMS))
+def test_what_is_said_to_have_no_transforms_has_none(choice: str) -> None:
+    assert not transforms_of(victim_of(ready(choice, 1), 1))
+
+
+@transforming
 @channels
 @sizes
 def test_transforms_return_images(choice: str, channels: int, size: tuple[int, int]) -> None:
     """In [0, 1], as many, of as many channels and of the same type, also from flat ones."""
-    for part in transforms_of(victim_of(ready(choice, channels), channels)):
+    for part in transforms_in(choice, channels):
         for x in (images(channels, *size), torch.zeros(2, channels, *size),
                   torch.ones(2, channels, *size)):  # fmt: skip
             # What has weights takes pixels of their type, as networks do.
@@ -191,11 +211,11 @@ def test_transforms_return_images(choice: str, channels: int, size: tuple[int, i
                 assert float(out.min()) >= 0 and float(out.max()) <= 1
 
 
-@wraps
+@transforming
 @channels
 def test_forward_is_the_transform_and_backward_its_surrogate(choice: str, channels: int) -> None:
     x = images(channels, 33, 30)
-    for part in transforms_of(victim_of(ready(choice, channels), channels)):
+    for part in transforms_in(choice, channels):
         part.reseed(5)
         with torch.no_grad():
             exact = part.transform(x)
@@ -204,15 +224,42 @@ def test_forward_is_the_transform_and_backward_its_surrogate(choice: str, channe
         part.reseed(5)
         assert torch.equal(part(x.clone().requires_grad_()).detach(), exact)
 
+        if part.differentiable:
+            continue  # its gradient has a test of its own
         weight = torch.rand(exact.shape, generator=seeded())
         part.reseed(5)
         gradient = gradient_of(part, x, weight)
         part.reseed(5)
+        with torch.no_grad():
+            part.transform(x)  # a surrogate may stand in for this very draw
+        assert torch.equal(gradient, gradient_of(part.surrogate, x, weight))
+
+
+@transforming
+@channels
+def test_what_is_differentiable_has_the_gradient_of_finite_differences(
+    choice: str, channels: int
+) -> None:
+    """Along one direction, in float64, at pixels that differ and lie off the ends of the box."""
+    x = 0.2 + 0.6 * torch.rand(2, channels, 17, 14, generator=seeded(), dtype=torch.float64)
+    along, step = torch.randn(x.shape, generator=seeded(1), dtype=torch.float64), 1e-7
+    for part in transforms_in(choice, channels):
         if not part.differentiable:
-            with torch.no_grad():
-                part.transform(x)  # a surrogate may stand in for this very draw
-        stand_in = part.transform if part.differentiable else part.surrogate
-        assert torch.equal(gradient, gradient_of(stand_in, x, weight))
+            continue  # another function stands in for it
+        part = copy.deepcopy(part).double()
+        for weights in part.parameters():  # untrained ones may make it the identity
+            weights.data += 0.1 * torch.randn(weights.shape, generator=seeded(2))
+
+        def at(images: Tensor, part: Preprocess = part) -> Tensor:
+            part.reseed(5)
+            return part(images)
+
+        weight = torch.randn(at(x).shape, generator=seeded(3), dtype=torch.float64)
+        with torch.no_grad():
+            slope = ((at(x + step * along) - at(x - step * along)) * weight).sum() / (2 * step)
+        found = (gradient_of(at, x, weight) * along).sum()
+        torch.testing.assert_close(found, slope, rtol=1e-4, atol=1e-4)
+        assert float(slope.abs()) > 1e-3
 
 
 @wraps
