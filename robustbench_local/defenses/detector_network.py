@@ -36,6 +36,9 @@ class DetectorNetwork(Detector):
     like the classifier, for `epochs` (null: as many), on every training image and on what `attack`
     makes of it within `threat`: the budget of training, not that of the evaluation.
 
+    Of several epochs the best is selected on validation images, on which the threshold is set too:
+    the share of test images that is rejected may then be a little above `validation_rejected`.
+
     Deviations: images are attacked anew in each step (as in Metzen et al. 2017, arXiv:1702.04267),
     away from the class predicted, and rounded to 256 levels, lest the network learns that only
     stored images have whole levels.
