@@ -105,7 +105,9 @@ def worst_offset(model: nn.Module, loss: Tensor, gamma: float) -> dict[str, Tens
         for name, weight in model.named_parameters()
         if weight.requires_grad and weight.dim() > 1
     }
-    gradients = torch.autograd.grad(SCALE * loss, list(weights.values()), allow_unused=True)
+    found = torch.autograd.grad(SCALE * loss, list(weights.values()), allow_unused=True)
+    # An entry that overflows all the same moves no weight, lest all become NaN.
+    gradients = [each if each is None else each.nan_to_num(0, 0, 0) for each in found]
     return {
         name: gradient * (gamma * weight.detach().norm() / gradient.norm().clamp(min=1e-30))
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True)

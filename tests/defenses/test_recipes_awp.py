@@ -71,6 +71,8 @@ def test_a_gradient_that_float16_rounds_to_0_still_moves_the_weights():
     offset = worst_offset(model, 1e-8 * model(x).sum(), 0.1)
     torch.testing.assert_close(offset["0.weight"], exact["0.weight"], rtol=0.05, atol=1e-4)
     assert offset["0.weight"].norm() > 0.09 * model[0].weight.norm()
+    beyond = worst_offset(model, 1e3 * model(x).sum(), 0.1)  # infinite in float16
+    assert all(each.isfinite().all() for each in beyond.values())
 
 
 def test_each_layer_moves_by_its_own_size_and_only_matrices_move():
