@@ -97,17 +97,48 @@ def build(node: DictConfig) -> Any:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError | TypeError):
             cause = cause.__cause__
+        group = str(node._get_full_key(None))
+        found = re.search(r"full_key: (\S+)$", str(error))
+        place = found[1] if found else group
+        inside = place.removeprefix(group).strip(".")
+        failing = OmegaConf.select(node, inside) if inside else node
         if isinstance(cause, UserError):
-            raise cause from None
+            raise UserError(_as_typed(str(cause), place, failing)) from None
         unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", str(cause))
         if unknown is None:
             raise
-        group = node._get_full_key(None)
+        keys = [key for key in map(str, failing) if key not in ("_target_", unknown[2])]
         raise UserError(
-            f"{group}.{unknown[2]} is not a key of {unknown[1]}; expected one of "
-            f"{', '.join(key for key in map(str, node) if key not in ('_target_', unknown[2]))}: "
-            f"type {group}.KEY=VALUE"
+            f"{place}.{unknown[2]} is not a key of {unknown[1]}; expected one of "
+            f"{', '.join(keys)}: type {place}.KEY=VALUE"
         ) from None
+
+
+def _as_typed(message: str, place: str, failing: DictConfig) -> str:
+    """A message about a part of a defense with its keys as they are typed for the part at `place`.
+
+    A part calls itself after its file, `defense.wrap.median`; the attacks, threat models and
+    schedules in it call themselves `attack`, `threat` and `train`. It may lie anywhere, and a
+    setting may follow another one.
+    """
+
+    def typed(found: re.Match[str]) -> str:
+        words = found[0].split(".")
+        first = 3 if words[0] == "defense" else 1
+        if first == 1 and len(words) > 2:
+            return found[0]
+        for start in range(first, len(words)):
+            if words[start] in failing:
+                raw = OmegaConf.to_container(failing, resolve=False)
+                assert isinstance(raw, dict)
+                followed = re.fullmatch(r"\$\{([\w.]+)\}", str(raw[words[start]]))
+                key = followed[1] if followed else f"{place}.{words[start]}"
+                return ".".join([key, *words[start + 1 :]])
+        return found[0]
+
+    if not place.startswith("defense."):
+        return message
+    return re.sub(r"\b(?:defense|attack|threat|train)(?:\.\w+)+", typed, message)
 
 
 def build_defense(node: DictConfig) -> Defense:

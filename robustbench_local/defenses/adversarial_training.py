@@ -8,7 +8,7 @@ from torch import Tensor
 
 from robustbench_local.attacks import PGD, Attack
 from robustbench_local.defenses.recipe import Objective, Recipe
-from robustbench_local.defenses.settings import read_number
+from robustbench_local.defenses.settings import read_number, require_attack, require_budget
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training.step import Criterion, Step
@@ -42,6 +42,8 @@ class AdversarialRecipe(Recipe):
             example=0.5,
         )
         object.__setattr__(self, "epsilon_ramp", ramp)
+        require_attack(f"{self.key}.validation", self.validation)
+        require_budget(f"{self.key}.threat", self.threat)
         self.validation.require(self.threat)
 
     @abstractmethod
@@ -96,6 +98,7 @@ class AdversarialTraining(AdversarialRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_attack(f"{self.key}.attack", self.attack)
         self.attack.require(self.threat)
 
     def craft(self, model: Model, x: Images, y: Labels, threat: ThreatModel, seed: int) -> Images:

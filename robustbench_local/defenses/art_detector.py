@@ -20,7 +20,12 @@ from robustbench_local.defenses.detector_network import (
     Watcher,
     watcher,
 )
-from robustbench_local.defenses.settings import read_number, require_count
+from robustbench_local.defenses.settings import (
+    read_number,
+    require_attack,
+    require_budget,
+    require_count,
+)
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import deterministic, pristine
 from robustbench_local.identity import class_version, content_id
@@ -79,7 +84,7 @@ class ArtDetector(Detector):
     def __post_init__(self) -> None:
         super().__post_init__()
         key = f"defense.wrap.{self.called}"
-        if self.name in REFUSED:
+        if str(self.name) in REFUSED:
             raise UserError(
                 f"{key}.name={self.name} is refused: {REFUSED[self.name]}; type "
                 f"{key}.name={NAMES[0]}"
@@ -99,6 +104,8 @@ class ArtDetector(Detector):
             example=0.001,
         )
         object.__setattr__(self, "learning_rate", rate)
+        require_attack(f"{key}.attack", self.attack)
+        require_budget(f"{key}.threat", self.threat)
         self.attack.require(self.threat)
 
     def fit(self, workshop: "Workshop") -> Self:

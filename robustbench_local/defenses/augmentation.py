@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustbench_local.defenses.mixing import Mixing
 from robustbench_local.defenses.recipe import Recipe
-from robustbench_local.defenses.settings import read_number
+from robustbench_local.defenses.settings import read_number, require_kind
 from robustbench_local.errors import UserError
 from robustbench_local.randomness import derive_seed
 from robustbench_local.training.step import Step
@@ -50,6 +50,14 @@ class AugmentedTraining(Recipe):
                 example=0.1,
             )
             object.__setattr__(self, name, value)
+        if self.mixing is not None:
+            require_kind(
+                "defense.recipe.augmentation.mixing",
+                self.mixing,
+                Mixing,
+                expected="the settings of AugMix, or null",
+                example="=null",
+            )
         if self.mixing is None and self.cutout == self.noise == 0:
             raise UserError(
                 "augmentation has mixing=null, cutout=0 and noise=0, which leaves images as they "

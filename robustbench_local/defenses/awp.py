@@ -91,14 +91,23 @@ class WeightPerturbed(Recipe):
         return self.recipe.settled(progress)
 
 
+SCALE = 2.0**10
+"""A power of two, so that nothing is rounded; a mean loss times this is far from overflow."""
+
+
 def worst_offset(model: nn.Module, loss: Tensor, gamma: float) -> dict[str, Tensor]:
-    """For each matrix of weights, by name: gamma * |w| * g / |g|, with g the gradient of `loss`."""
+    """For each matrix of weights, by name: gamma * |w| * g / |g|, with g the gradient of `loss`.
+
+    The loss is scaled, which does not show in g / |g|: in float16 small gradients would become 0.
+    """
     weights = {
         name: weight
         for name, weight in model.named_parameters()
         if weight.requires_grad and weight.dim() > 1
     }
-    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    found = torch.autograd.grad(SCALE * loss, list(weights.values()), allow_unused=True)
+    # An entry that overflows all the same moves no weight, lest all become NaN.
+    gradients = [each if each is None else each.nan_to_num(0, 0, 0) for each in found]
     return {
         name: gradient * (gamma * weight.detach().norm() / gradient.norm().clamp(min=1e-30))
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True)

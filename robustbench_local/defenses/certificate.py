@@ -54,24 +54,31 @@ class Majority:
 
         The two most frequent classes of `n` votes are told apart by a two-sided binomial test.
         """
-        return torch.tensor([self._winner(self.votes(image, self.n)) for image in x])
+        return torch.tensor([self.winner(self.votes(image, self.n)) for image in x])
 
-    def _winner(self, votes: Tensor) -> int:
+    def winner(self, votes: Tensor) -> int:
+        """The class that `n` votes, int64 (K,), decide on, or `ABSTAIN`."""
         first, second = votes.topk(2).values.tolist()
         decided = binomtest(first, first + second, 0.5).pvalue <= self.alpha
         return int(votes.argmax()) if decided else ABSTAIN
 
     def certify(self, x: Images) -> list[Certificate]:
         """The certificate of each image: sigma * quantile(least probability of its class)."""
-        return [self._certify(image) for image in x]
+        return [self.certify_and_predict(image)[0] for image in x]
 
-    def _certify(self, image: Tensor) -> Certificate:
+    def certify_and_predict(self, image: Tensor) -> tuple[Certificate, int]:
+        """The certificate of an image (C, H, W) and, from the same `n` votes, its prediction.
+
+        Either is wrong with probability alpha at most. A class that leads without a majority can be
+        predicted and not certified.
+        """
         candidate = int(self.votes(image, self.n0).argmax())
-        votes = int(self.votes(image, self.n)[candidate])
-        least = lower_bound(votes, self.n, self.alpha)
+        votes = self.votes(image, self.n)
+        predicted = self.winner(votes)
+        least = lower_bound(int(votes[candidate]), self.n, self.alpha)
         if least < 0.5:
-            return Certificate(ABSTAIN, 0.0)
-        return Certificate(candidate, float(self.sigma * norm.ppf(least)))
+            return Certificate(ABSTAIN, 0.0), predicted
+        return Certificate(candidate, float(self.sigma * norm.ppf(least))), predicted
 
     def votes(self, image: Tensor, n: int) -> Tensor:
         """How many of `n` noisy passes of an image (C, H, W) name each class, int64 (K,)."""
@@ -106,6 +113,9 @@ def certified_accuracy(
 ) -> dict[str, Any]:
     """The share of the images that are right and certified beyond each radius, as JSON holds it.
 
+    Beside it, under `predicted`, the share that the smoothed classifier predicts rightly, of which
+    nothing is certified, and how often it abstains.
+
     `images` of the split, evenly spread, or all of them. Every share has its 95% Clopper-Pearson
     interval over the images. The draws of an image depend on `seed` and its place in the test set.
     `progress` is called with the images done since its last call and the share at the first radius.
@@ -113,12 +123,15 @@ def certified_accuracy(
     count = len(split) if images is None else min(images, len(split))
     chosen = [place * len(split) // count for place in range(count)]
     held = dict.fromkeys(radii, 0)
-    abstained = 0
+    abstained = undecided = predicted_rightly = 0
     for done, place in enumerate(chosen, start=1):
         reseed(classifier.noisy, derive_seed(seed, "certify", int(split.indices[place])))
-        (found,) = classifier.certify(split.pixels(slice(place, place + 1)))
+        image, label = split.pixels(slice(place, place + 1))[0], int(split.labels[place])
+        found, predicted = classifier.certify_and_predict(image)
         abstained += found.prediction == ABSTAIN
-        right = found.prediction == int(split.labels[place])
+        undecided += predicted == ABSTAIN
+        predicted_rightly += predicted == label
+        right = found.prediction == label
         for radius in radii:
             held[radius] += right and found.radius > radius
         progress(1, held[radii[0]] / done)
@@ -126,6 +139,7 @@ def certified_accuracy(
         "norm": "l2",
         "radii": {f"{radius:g}": _share(right, count) for radius, right in held.items()},
         "abstained": abstained,
+        "predicted": {**_share(predicted_rightly, count), "abstained": undecided},
         "images": count,
         "sigma": classifier.sigma,
         "n0": classifier.n0,

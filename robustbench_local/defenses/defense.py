@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 Wrapper: TypeAlias = Callable[[Model], Model]
 """Builds the defended model around a model. Where that draws random numbers, the module it returns
 has `randomized = True`, `reseed(seed)` and `eot_samples`, like a `Preprocess`. It may have
-`in_training`, `at_run_time`, `run_time_only` and `fit` as well, `through(model)` for what is to be
-trained where that is not what is deployed, and `certify(victim, split, seed, progress)`. One that
-rejects images says `abstains = True` and has `calibrate(victim, workshop)`, see `Detector`."""
+`in_training`, `at_run_time`, `run_time_only` and `fit` as well, with `check(network)` for what can
+be told before that, `through(model)` for what is to be trained where that is not what is deployed,
+and `certify(victim, split, seed, progress)`. One that
+averages what the model says in several passes says `averages = True`. One that rejects images says
+`abstains = True` and has `calibrate(victim, workshop)`, see `Detector`."""
 
 Regularizer: TypeAlias = Callable[[Recipe], Recipe]
 """Makes another recipe of a recipe, such as one that also perturbs the weights."""
@@ -70,6 +72,7 @@ class Defense:
                 f"defense has {len(names)} recipes ({', '.join(names)}) and only one can decide "
                 f"the weights; type defense={names[0]}"
             )
+        self._check_detectors()
         for name in self.faced[1:]:
             if hasattr(self.wrap[name], "certify"):
                 others = [each for each in self.names if each != name]
@@ -77,12 +80,35 @@ class Defense:
                     f"defense.wrap.{name} certifies what comes into it and {self.faced[0]} changes "
                     f"the image before; type defense=[{','.join([name, *others])}]"
                 )
+
+    def _check_detectors(self) -> None:
+        """One at most, and never averaged: a mean of rejections follows from no score's threshold.
+
+        A wrap that certifies has to come first, so one that averages goes with no detector at all.
+        """
         detectors = [name for name, step in self.wrap.items() if _rejects(step)]
         if len(detectors) > 1:
             raise UserError(
                 f"defense has {len(detectors)} detectors ({', '.join(detectors)}) and only one can "
                 f"decide what is rejected; type defense={detectors[0]}"
             )
+        faced = self.faced
+        averaging = [name for name in faced if getattr(self.wrap[name], "averages", False)]
+        for name in set(detectors) & set(faced):
+            rest = [each for each in self.names if each != name]
+            if proving := [each for each in averaging if hasattr(self.wrap[each], "certify")]:
+                raise UserError(
+                    f"defense.wrap.{proving[0]} averages and certifies what comes into it, and "
+                    f"defense.wrap.{name} can stand neither behind nor in front of that; type "
+                    f"defense=[{','.join(rest)}]"
+                )
+            if averaging and faced.index(averaging[0]) < faced.index(name):
+                rest.insert(rest.index(averaging[0]), name)
+                raise UserError(
+                    f"defense.wrap.{averaging[0]} averages several passes and defense.wrap.{name} "
+                    "behind it sets its threshold on single ones; type "
+                    f"defense=[{','.join(rest)}]"
+                )
 
     @property
     def names(self) -> list[str]:

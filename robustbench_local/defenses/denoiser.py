@@ -17,7 +17,7 @@ from robustbench_local.defenses.settings import require_count
 from robustbench_local.identity import class_version
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training.schedule import Schedule
-from robustbench_local.types import Images
+from robustbench_local.types import Images, Model
 
 if TYPE_CHECKING:
     from robustbench_local.training.workshop import Workshop
@@ -57,7 +57,8 @@ class Denoiser(Preprocess):
     """A learned denoiser, guided by the pixels and by what the classifier sees (HGD).
 
     Liao et al. 2018, arXiv:1712.02976; see `Residual` and `Denoising`. `fit` trains it for the
-    undefended classifier of the run, through the cache; before that it cannot be used. At run time
+    classifier of the run without what is in front of it, however that was trained, through the
+    cache; before that it cannot be used. At run time
     it is differentiable from end to end, which is what breaks it.
 
     - `width`, `depth`: channels and number of its convolutions.
@@ -116,6 +117,10 @@ class Denoiser(Preprocess):
         self.network: nn.Module | None = None
         self.learned: Mapping[str, Any] = {}
         """After `fit` what a record says of it, see `learned_by`."""
+
+    def check(self, network: Model) -> None:
+        """Raise `UserError` where the network, trained or not, has no such `layer`."""
+        self._recipe.check(network)
 
     def fit(self, workshop: "Workshop") -> Self:
         """The same denoiser, trained for `workshop.network`, which stays as it is."""

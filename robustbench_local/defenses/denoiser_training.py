@@ -15,7 +15,7 @@ from torch.nn.functional import l1_loss
 
 from robustbench_local.attacks import Attack
 from robustbench_local.defenses.recipe import Recipe
-from robustbench_local.defenses.settings import read_number
+from robustbench_local.defenses.settings import read_number, require_attack, require_budget
 from robustbench_local.errors import UserError
 from robustbench_local.randomness import derive_seed
 from robustbench_local.threat import ThreatModel
@@ -83,7 +83,11 @@ class Denoising(Recipe):
     classifier: Model | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        require_attack(f"{KEY}.attack", self.attack)
+        require_budget(f"{KEY}.threat", self.threat)
         self.attack.require(self.threat)
+        if self.layer is not None:  # on the command line layer=2 is a number
+            object.__setattr__(self, "layer", str(self.layer))
         for name, most, expected in (
             ("noise", 1.0, "a standard deviation in pixel units, from 0 to 1"),
             ("pixel_weight", math.inf, "the weight of a loss, 0 or more"),
@@ -111,9 +115,13 @@ class Denoising(Recipe):
 
     def on(self, classifier: Model) -> Self:
         """The same recipe for one classifier. Raises `UserError` where it has no such layer."""
+        self.check(classifier)
+        return replace(self, classifier=classifier)
+
+    def check(self, classifier: Model) -> None:
+        """Raise `UserError` where a classifier, trained or not, has no such layer."""
         if self.layer is not None:
             find_layer(classifier, self.layer)
-        return replace(self, classifier=classifier)
 
     @property
     def bare(self) -> Model:

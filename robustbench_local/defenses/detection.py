@@ -134,6 +134,12 @@ class Detector(ABC):
             for start in range(0, len(images), at_once):
                 victim(images.pixels(slice(start, start + at_once)))
         hook.remove()
+        if sum(map(len, scores)) != len(images):
+            raise UserError(
+                f"a {type(self).__name__} is asked {sum(map(len, scores))} times about "
+                f"{len(images)} images by what stands in front of it; expected once for each: name "
+                "the detector first, as in defense=[DETECTOR,OTHER]"
+            )
         return replace(self, calibration=settle(torch.cat(scores), self.false_positive_rate))
 
 

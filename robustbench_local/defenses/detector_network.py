@@ -11,7 +11,7 @@ from robustbench_local.data import Dataset, Split
 from robustbench_local.defenses.detection import Detector, Scorer
 from robustbench_local.defenses.learned import learned_by
 from robustbench_local.defenses.recipe import Recipe
-from robustbench_local.defenses.settings import require_count
+from robustbench_local.defenses.settings import require_attack, require_budget, require_count
 from robustbench_local.errors import UserError
 from robustbench_local.identity import class_version
 from robustbench_local.models import Normalized, pixel_statistics
@@ -37,6 +37,9 @@ class DetectorNetwork(Detector):
     like the classifier, for `epochs` (null: as many), on every training image and on what `attack`
     makes of it within `threat`: the budget of training, not that of the evaluation.
 
+    Of several epochs the best is selected on validation images, on which the threshold is set too:
+    the share of test images that is rejected may then be a little above `validation_rejected`.
+
     Deviations: images are attacked anew in each step (as in Metzen et al. 2017, arXiv:1702.04267),
     away from the class predicted, and rounded to 256 levels, lest the network learns that only
     stored images have whole levels.
@@ -55,6 +58,8 @@ class DetectorNetwork(Detector):
         require_count("defense.wrap.detector.width", self.width, example=16)
         if self.epochs is not None:
             require_count("defense.wrap.detector.epochs", self.epochs, example=5)
+        require_attack("defense.wrap.detector.attack", self.attack)
+        require_budget("defense.wrap.detector.threat", self.threat)
         self.attack.require(self.threat)
 
     def fit(self, workshop: "Workshop") -> Self:

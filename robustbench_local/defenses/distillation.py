@@ -9,6 +9,7 @@ from torch import Tensor
 
 from robustbench_local.defenses.recipe import Recipe
 from robustbench_local.defenses.settings import read_number
+from robustbench_local.randomness import derive_seed, reseed
 from robustbench_local.training.step import Step
 from robustbench_local.types import Logits, Model
 
@@ -53,20 +54,25 @@ class Distillation(Heated):
     multiplies the logits, and the softmax saturates: the gradient of its cross-entropy is 0 in
     float32, which stops attacks that climb it. Those that climb logits break the network like an
     undefended one (Carlini and Wagner 2016, arXiv:1607.04311): there is no robustness here.
+
+    Where the network is trained behind wraps, so is the teacher, which is then asked behind them.
     """
 
     teacher: tuple[Model, ...] = field(default=(), repr=False, compare=False)
 
     def prepare(self, workshop: "Workshop") -> Self:
         """Train the teacher, or take it from the cache."""
-        taught = workshop.classifier(Heated(temperature=self.temperature))
-        return replace(self, teacher=(taught.model.requires_grad_(False),))
+        taught = workshop.classifier(Heated(temperature=self.temperature)).model
+        teacher = taught if workshop.through is None else workshop.through(taught)
+        return replace(self, teacher=(teacher.eval().requires_grad_(False),))
 
     def loss(self, model: Model, step: Step) -> tuple[Tensor, Logits]:
         """Cross-entropy with what the teacher says; labels and label smoothing play no part."""
         if not self.teacher:
             raise RuntimeError("no teacher yet; expected prepare(workshop) before training")
+        (teacher,) = self.teacher
+        reseed(teacher, derive_seed(step.seed, "teacher", step.number))
         with torch.no_grad():
-            said = (self.teacher[0](step.x) / self.temperature).softmax(1)
+            said = (teacher(step.x) / self.temperature).softmax(1)
         logits: Logits = model(step.x)
         return self.temperature * F.cross_entropy(logits / self.temperature, said), logits

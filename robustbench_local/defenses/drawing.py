@@ -5,7 +5,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from robustbench_local.defenses.preprocess import Preprocess
-from robustbench_local.errors import UserError
+from robustbench_local.defenses.settings import require_count
 from robustbench_local.types import Images
 
 
@@ -23,11 +23,7 @@ class Drawing(Preprocess):
         self, *, eot_samples: int = 20, in_training: bool = False, at_run_time: bool = True
     ) -> None:
         super().__init__(in_training=in_training, at_run_time=at_run_time)
-        if not isinstance(eot_samples, int) or isinstance(eot_samples, bool) or eot_samples < 1:
-            raise UserError(
-                f"eot_samples={eot_samples} of a defense; expected a whole number from 1: type "
-                "defense.wrap.NAME.eot_samples=20"
-            )
+        require_count("defense.wrap.NAME.eot_samples", eot_samples, example=20)
         self.eot_samples = eot_samples
         self._drawn: Tensor | None = None
 

@@ -1,7 +1,7 @@
 """Adversarial training at the price of one gradient step per image."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from robustbench_local.attacks import PGD
 from robustbench_local.defenses.adversarial_training import AdversarialRecipe
@@ -45,7 +45,7 @@ class FastAdversarialTraining(AdversarialRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start not in STEP_SIZE:
+        if self.start not in get_args(Start):
             raise UserError(
                 f"{self.key}.start={self.start}; expected {' or '.join(STEP_SIZE)}: type "
                 f"{self.key}.start=uniform"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robustbench_local.defenses.detection import Detector, Scorer
 from robustbench_local.defenses.preprocess import Preprocess
+from robustbench_local.defenses.settings import require_kind
 from robustbench_local.errors import UserError
 from robustbench_local.types import Images, Logits, Model
 
@@ -35,10 +36,17 @@ class FeatureSqueezingDetector(Detector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        key = f"defense.wrap.{self.called}.squeezers"
+        require_kind(
+            key,
+            self.squeezers,
+            Mapping,
+            expected="transforms of the pixels by name",
+            example=".median._target_=robustbench_local.defenses.Median",
+        )
         # Plain ones: a configuration brings its own kinds of mapping.
         squeezers = {str(name): squeezer for name, squeezer in self.squeezers.items()}
         object.__setattr__(self, "squeezers", squeezers)
-        key = f"defense.wrap.{self.called}.squeezers"
         if not squeezers:
             raise UserError(
                 f"{key} is empty; expected one transform at least: type "

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robustbench_local.defenses.drawing import Drawing
 from robustbench_local.defenses.jpeg_codec import compress, differentiable
 from robustbench_local.defenses.preprocess import Preprocess
+from robustbench_local.defenses.settings import require_flag
 from robustbench_local.errors import UserError
 from robustbench_local.types import Images, Logits, Model
 
@@ -19,6 +20,8 @@ StandIn: TypeAlias = Literal["differentiable", "identity"]
 
 QUALITIES = (20, 40, 60, 80)
 """Those of SHIELD."""
+
+_KEY = "defense.wrap.NAME"
 
 
 class Jpeg(Preprocess):
@@ -91,6 +94,9 @@ class JpegSlq(JpegRandom):
 
     The whole image is compressed at every quality; each block of 8x8 pixels, those cut off by the
     border too, is then taken from one of the decoded images, the same for all channels.
+
+    Deviation: SHIELD trains a network on plain JPEG of each quality and lets them vote on images
+    under SLQ; here is one network, with `in_training` trained on images under SLQ.
     """
 
     def draw(self, x: Images) -> Tensor:
@@ -112,8 +118,11 @@ class JpegSlq(JpegRandom):
 class JpegVote:
     """The mean of what the model says at every quality (Das et al. 2017, arXiv:1705.02900).
 
-    Deviation: one model instead of one trained at each quality.
+    Deviations: one model instead of one trained at each quality, and the mean of its probabilities
+    instead of the majority of their votes, so that there is a gradient.
     """
+
+    averages: ClassVar[bool] = True
 
     qualities: Sequence[int] = QUALITIES
     surrogate: StandIn = "differentiable"
@@ -123,6 +132,8 @@ class JpegVote:
     def __post_init__(self) -> None:
         _checked_list(self.qualities)
         _checked(self.surrogate)
+        for name in ("in_training", "at_run_time"):
+            require_flag(f"{_KEY}.{name}", getattr(self, name))
 
     def __call__(self, model: Model) -> "Voting":
         """The model behind all qualities."""
@@ -170,8 +181,8 @@ def _checked_list(qualities: Sequence[int]) -> tuple[int, ...]:
     if isinstance(qualities, Sequence) and qualities and all(map(_is_quality, qualities)):
         return tuple(qualities)
     raise UserError(
-        f"qualities={qualities} of a JPEG defense; expected one or more whole numbers from 1 to "
-        "100: type defense.wrap.NAME.qualities=[20,40,60,80]"
+        f"{_KEY}.qualities={qualities}; expected one or more whole numbers from 1 to 100: type "
+        f"{_KEY}.qualities=[20,40,60,80]"
     )
 
 
@@ -179,6 +190,6 @@ def _checked(surrogate: StandIn) -> StandIn:
     if surrogate in ("differentiable", "identity"):
         return surrogate
     raise UserError(
-        f"surrogate={surrogate} of a JPEG defense; expected differentiable or identity: type "
-        "defense.wrap.NAME.surrogate=differentiable"
+        f"{_KEY}.surrogate={surrogate}; expected differentiable or identity: type "
+        f"{_KEY}.surrogate=differentiable"
     )

@@ -25,8 +25,9 @@ class Mixing:
     Each has a level from 0.1 to `severity`, of 10. The chains are mixed with weights from
     Dirichlet(1), their mixture with the image with a weight from Beta(1, 1).
 
-    Deviations from the authors' code: bilinear interpolation where it takes the nearest pixel, and
-    levels of geometric operations that are not rounded to whole degrees and pixels.
+    Deviations from the authors' code: bilinear interpolation where it takes the nearest pixel,
+    levels of geometric operations that are not rounded to whole degrees and pixels, and shear about
+    the centre of the image, not about its upper left corner.
     """
 
     chains: int = 3

@@ -9,7 +9,7 @@ from torch import Tensor
 from robustbench_local.defenses.averaged import Averaged, looks
 from robustbench_local.defenses.defense import Wrapped
 from robustbench_local.defenses.preprocess import RUN_TIME, Preprocess
-from robustbench_local.defenses.settings import read_number, require_count
+from robustbench_local.defenses.settings import read_number, require_count, require_flag
 from robustbench_local.errors import UserError
 from robustbench_local.types import Images, Model
 
@@ -74,6 +74,7 @@ class NoiseFusion:
     """
 
     run_time_only: ClassVar[frozenset[str]] = RUN_TIME | {"draws"}
+    averages: ClassVar[bool] = True
 
     distribution: Distribution = "gaussian"
     amplitude: float = 0.3
@@ -98,6 +99,8 @@ class NoiseFusion:
         object.__setattr__(self, "amplitude", amplitude)
         require_count(f"{_KEY}.draws", self.draws, example=10)
         require_count(f"{_KEY}.eot_samples", self.eot_samples, example=20)
+        for name in ("in_training", "at_run_time"):
+            require_flag(f"{_KEY}.{name}", getattr(self, name))
 
     def __call__(self, model: Model) -> Model:
         """What is deployed: the mean over the draws."""

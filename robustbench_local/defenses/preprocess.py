@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_local.defenses.contract import check_gradient, check_images, check_surrogate
+from robustbench_local.defenses.settings import require_flag
 from robustbench_local.types import Images
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Preprocess(Seeded, ABC):
     from torch's global one; `eot_samples` is how many draws an attacker who knows it averages.
 
     With `in_training` recipes train the network behind the transform; without `at_run_time` it is
-    left out of the victim. `run_time_only` names the settings that decide no weights.
+    left out of the victim. `run_time_only` names the settings that decide no weights. Raises
+    `UserError` for flags that are neither true nor false.
     """
 
     randomized: bool = False
@@ -60,6 +62,8 @@ class Preprocess(Seeded, ABC):
 
     def __init__(self, *, in_training: bool = False, at_run_time: bool = True) -> None:
         super().__init__()
+        require_flag("defense.wrap.NAME.in_training", in_training)
+        require_flag("defense.wrap.NAME.at_run_time", at_run_time)
         self.in_training = in_training
         self.at_run_time = at_run_time
 

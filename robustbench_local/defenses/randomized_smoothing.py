@@ -9,7 +9,7 @@ import torch
 from robustbench_local.defenses.averaged import Averaged, looks
 from robustbench_local.defenses.certificate import Majority, certified_accuracy
 from robustbench_local.defenses.preprocess import RUN_TIME, Seeded
-from robustbench_local.defenses.settings import read_number, require_count
+from robustbench_local.defenses.settings import read_number, require_count, require_flag
 from robustbench_local.errors import UserError
 from robustbench_local.types import Images, Logits, Model
 
@@ -61,6 +61,7 @@ class RandomizedSmoothing:
     run_time_only: ClassVar[frozenset[str]] = RUN_TIME | {
         "draws", "n0", "n", "alpha", "radii", "images",
     }  # fmt: skip
+    averages: ClassVar[bool] = True
 
     sigma: float = 0.25
     draws: int = 20
@@ -95,6 +96,8 @@ class RandomizedSmoothing:
             if name != "images" or self.images is not None:
                 require_count(f"{_KEY}.{name}", getattr(self, name), example=example)
         object.__setattr__(self, "radii", self._read_radii())
+        for name in ("in_training", "at_run_time"):
+            require_flag(f"{_KEY}.{name}", getattr(self, name))
 
     def _read_radii(self) -> tuple[float, ...]:
         listed = isinstance(self.radii, Sequence) and not isinstance(self.radii, str)

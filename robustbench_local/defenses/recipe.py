@@ -25,7 +25,8 @@ class Recipe(ABC):
 
     Fields may be plain values, other dataclasses (an attack, a threat model), and lists or mappings
     of these; those with `compare=False` are no settings. `adversarial` says whether the loss is
-    taken on perturbed images; such a recipe names a `validation_attack`.
+    taken on perturbed images; such a recipe names a `validation_attack`, unless its validation
+    images are perturbed already.
     """
 
     adversarial: ClassVar[bool]

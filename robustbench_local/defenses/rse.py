@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from robustbench_local.defenses.averaged import Averaged, looks
 from robustbench_local.defenses.layers import RandomLayers, own_parts
 from robustbench_local.defenses.preprocess import RUN_TIME
-from robustbench_local.defenses.settings import read_number, require_count
+from robustbench_local.defenses.settings import read_number, require_count, require_flag
 from robustbench_local.errors import UserError
 from robustbench_local.models.normalize import Normalize
 from robustbench_local.types import Model
@@ -77,6 +77,7 @@ class RSE:
     """
 
     run_time_only: ClassVar[frozenset[str]] = RUN_TIME | {"ensembles"}
+    averages: ClassVar[bool] = True
 
     init: float = 0.2
     inner: float = 0.1
@@ -102,6 +103,8 @@ class RSE:
             )
         require_count(f"{_KEY}.ensembles", self.ensembles, example=10)
         require_count(f"{_KEY}.eot_samples", self.eot_samples, example=20)
+        for name in ("in_training", "at_run_time"):
+            require_flag(f"{_KEY}.{name}", getattr(self, name))
 
     def __call__(self, model: Model) -> Model:
         """What is deployed: the mean over the ensembles."""

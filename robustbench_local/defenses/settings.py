@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
+from robustbench_local.attacks import Attack
 from robustbench_local.errors import UserError
+from robustbench_local.threat import ThreatModel
 
 
 def read_number(
@@ -27,6 +29,31 @@ def require_count(key: str, value: object, *, example: int, least: int = 1) -> N
         raise UserError(
             f"{key}={value}; expected a whole number, {least} or more: type {key}={example}"
         )
+
+
+def require_flag(key: str, value: object) -> None:
+    """Raise `UserError` unless the value is true or false; a word such as "no" would be true."""
+    require_kind(key, value, bool, expected="true or false", example="=true")
+
+
+def require_kind(key: str, value: object, kind: type, *, expected: str, example: str) -> None:
+    """Raise `UserError` unless the value is of a kind; `example` follows its key."""
+    if not isinstance(value, kind):
+        shown = "null" if value is None else value
+        raise UserError(f"{key}={shown}; expected {expected}: type {key}{example}")
+
+
+def require_attack(key: str, value: object) -> None:
+    """Raise `UserError` unless the value is an attack."""
+    target = "._target_=robustbench_local.attacks.PGD"
+    require_kind(key, value, Attack, expected="an attack with _target_", example=target)
+
+
+def require_budget(key: str, value: object) -> None:
+    """Raise `UserError` unless the value is a threat model."""
+    require_kind(
+        key, value, ThreatModel, expected="a threat model with _target_", example=".epsilon=8/255"
+    )
 
 
 def _parse(value: object) -> float | None:

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from robustbench_local.defenses.defense import Defense
+from robustbench_local.defenses.defense import Defense, Wrapper
+from robustbench_local.defenses.detection import Calibration, Detector
 from robustbench_local.defenses.preprocess import Preprocess
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import pristine
 from robustbench_local.oracle import check_logits
+from robustbench_local.rejection import abstains
 from robustbench_local.types import Model
 
 if TYPE_CHECKING:
@@ -21,10 +23,16 @@ def check_defense(defense: Defense, network: Model, data: "Dataset") -> None:
     """Raise `UserError` where `network`, trained or not, cannot work behind the wraps.
 
     Two test images pass through the victim, and through what recipes train, with their gradient;
-    a victim returns logits of shape (2, K). Wraps that learn something are left out: they are not
-    ready before the network is trained. Leaves no trace.
+    a victim returns logits of shape (2, K). Wraps that learn something are not ready before the
+    network is trained and are left out, but for their `check`; a detector that sets nothing but its
+    threshold is tried with any. Leaves no trace.
     """
-    wraps = {name: step for name, step in defense.wrap.items() if not _learns(step)}
+    for step in defense.wrap.values():
+        check = getattr(step, "check", None)
+        if check is not None:
+            check(network)
+    steps = {name: _with_threshold(step) for name, step in defense.wrap.items()}
+    wraps = {name: step for name, step in steps.items() if not _learns(step)}
     if not wraps:
         return
     ready = replace(defense, wrap=wraps)
@@ -40,7 +48,7 @@ def check_defense(defense: Defense, network: Model, data: "Dataset") -> None:
                 )
             given = x.clone()
             with pristine(victim), torch.no_grad():
-                check_logits(victim(given), x, data.num_classes)
+                check_logits(victim(given), x, data.num_classes + abstains(victim))
             with pristine(victim), torch.enable_grad():
                 victim(x.clone().requires_grad_())
         except UserError:
@@ -60,5 +68,12 @@ def check_defense(defense: Defense, network: Model, data: "Dataset") -> None:
             )
 
 
+def _with_threshold(step: Wrapper) -> Wrapper:
+    return (
+        replace(step, calibration=Calibration(0, 0, 0, 0)) if isinstance(step, Detector) else step
+    )
+
+
 def _learns(step: object) -> bool:
-    return getattr(type(step), "fit", Preprocess.fit) is not Preprocess.fit
+    nothing = (Preprocess.fit, Detector.fit)
+    return getattr(type(step), "fit", Preprocess.fit) not in nothing

@@ -16,7 +16,11 @@ _CODE = (
     "training/augmentation.py", "training/averaging.py", "training/course.py", "training/fit.py",
     "training/loop.py", "training/schedule.py", "training/step.py", "training/validation.py",
 )  # fmt: skip
-_ADVERSARIAL_CODE = ("attacks/base.py", "threat.py")
+_ADVERSARIAL_CODE = (
+    "attacks/base.py", "attacks/gradient.py", "attacks/target.py", "oracle.py", "rejection.py",
+    "spatial.py", "threat.py",
+)  # fmt: skip
+"""What PGD and all other attacks rest on; the code of an attack itself comes with its settings."""
 
 
 def weights_key(

@@ -77,6 +77,7 @@ class Schedule:
     mixed_precision: bool = False
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         object.__setattr__(self, "milestones", tuple(self.milestones))
         average = 0.0 if self.average_decay is None else self.average_decay
         ranges: tuple[tuple[str, bool, str], ...] = (
@@ -95,13 +96,23 @@ class Schedule:
             ("schedule", *_one_of(self.schedule, Shape)),
             ("augmentation", *_one_of(self.augmentation, Augmentation)),
         )
-        for name in ("epochs", "batch_size", "min_steps", "patience"):
-            value = getattr(self, name)
-            if not isinstance(value, int) and not (name == "patience" and value is None):
-                raise UserError(f"train.{name}={value}; expected a whole number")
         for name, fine, expected in ranges:
             if not fine:
                 raise UserError(f"train.{name}={getattr(self, name)}; expected {expected}")
+
+    def _check_kinds(self) -> None:
+        numbers = ("learning_rate", "momentum", "weight_decay", "warmup", "label_smoothing")
+        for names, kind, expected in (
+            (("epochs", "batch_size", "min_steps", "patience"), int, "a whole number"),
+            ((*numbers, "average_decay"), int | float, "a number"),
+            (("mixed_precision",), bool, "true or false"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is None and name in ("patience", "average_decay"):
+                    continue
+                if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                    raise UserError(f"train.{name}={value}; expected {expected}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

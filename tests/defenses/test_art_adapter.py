@@ -8,7 +8,8 @@ import pytest
 import torch
 from art.defences import preprocessor as theirs
 
-from robustbench_local.defenses import ArtPreprocessor, Defense, Jpeg, art_adapter
+from robustbench_local.defenses import ArtPreprocessor, Defense, Jpeg, TotalVariation, art_adapter
+from robustbench_local.defenses.median import median_filter
 from robustbench_local.errors import UserError
 
 
@@ -72,6 +73,25 @@ def test_its_jpeg_is_ours(images, quality):
     weight = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
     ours = Jpeg(quality=quality)
     assert torch.equal(gradient(module, x, weight), gradient(ours, x, weight))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_its_median_is_ours(images, size):
+    module = ArtPreprocessor(name="SpatialSmoothing", kwargs={"window_size": size})
+    ours = median_filter(images, size)
+    assert torch.equal(module(images), ours)
+    weight = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    found = gradient(module, images, weight)
+    assert torch.equal(found, gradient(lambda x: median_filter(x, size), images, weight))
+    assert not torch.equal(found, weight)
+
+
+def test_its_total_variation_is_attacked_through_a_smooth_one(images):
+    module = ArtPreprocessor(name="TotalVarMin", kwargs={"max_iter": 2})
+    weight = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    smooth = gradient(TotalVariation(), images, weight)
+    assert torch.equal(gradient(module, images, weight), smooth)
+    assert not torch.equal(smooth, weight)
 
 
 def test_gaussian_noise_at_prediction(images):

@@ -10,6 +10,7 @@ import torch
 from contract_parts import (
     CHOICES,
     CLASSES,
+    CONF,
     RECIPES,
     REGULARIZERS,
     WRAPS,
@@ -25,12 +26,13 @@ from contract_parts import (
     victim_of,
     workshop,
 )
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from robustbench_local.building import build_defense
-from robustbench_local.defenses import Defense, check_defense, declared_samples
+from robustbench_local.defenses import Defense, Preprocess, check_defense, declared_samples
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import input_gradient
 from robustbench_local.randomness import reseed
@@ -47,7 +49,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
         "consistency": [-1, "much"],
     },
     "awp": {"gamma": [0, 1, "nan"]},
-    "art": {"eot_samples": [0], "name": ["NoSuch"], "kwargs": [{"quality": 120}]},
+    "art": {"eot_samples": [0], "name": ["NoSuch", ["A"]], "kwargs": [{"quality": 120}, 5]},
     "art_detector": {
         "batch_size": [0],
         "epochs": [0, 1.5],
@@ -55,7 +57,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
         "hidden": [0],
         "images": [0],
         "learning_rate": [0, -0.1],
-        "name": ["NoSuch", "SubsetScanningDetector", "BeyondDetectorPyTorch"],
+        "name": ["NoSuch", "SubsetScanningDetector", "BeyondDetectorPyTorch", ["A"]],
         "width": [0],
     },
     "bilateral": {"size": [1, 4, 2.5], "sigma_space": [0, -1], "sigma_color": [0, "-1/255"]},
@@ -64,9 +66,9 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
         "adversarial_share": [-0.1, 1.5],
         "batch_size": [0],
         "depth": [0, 1, 2.5],
-        "epochs": [0],
+        "epochs": [0, "many"],
         "feature_weight": [-1],
-        "learning_rate": [0, -1],
+        "learning_rate": [0, -1, "fast"],
         "min_steps": [-1],
         "noise": [-0.1],
         "pixel_weight": [-1],
@@ -74,7 +76,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
     },
     "distillation": {"temperature": [0.5, 2000]},
     "fast_adversarial_training": {
-        "start": ["zero"],
+        "start": ["zero", ["uniform"]],
         "step_size": [0, -1],
         "noise": [-1],
         "epsilon_ramp": [1.5],
@@ -86,8 +88,16 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
         "width": [0, True],
     },
     "feature_squeezing": {"bits": [0, 9], "size": [0, 1, 4]},
-    "feature_squeezing_detector": {"false_positive_rate": [-0.1, 1, "nan"], "squeezers": [{}]},
-    "feature_squeezing_detector_cifar10": {"false_positive_rate": [-0.1, 1], "squeezers": [{}]},
+    "feature_squeezing_detector": {
+        "false_positive_rate": [-0.1, 1, "nan"],
+        "squeezers": [{}, None, 3],
+        "squeezers.bit_depth.bits": [0],
+    },
+    "feature_squeezing_detector_cifar10": {
+        "false_positive_rate": [-0.1, 1],
+        "squeezers": [{}],
+        "squeezers.nlm.strength": [0],
+    },
     "gaussian": {"sigma": [0, -1, "nan"]},
     "jpeg": {"quality": [0, 101, 7.5], "surrogate": ["none"]},
     "jpeg_random": {"qualities": [[], [0], [20, 101], 50], "eot_samples": [0, 1.5]},
@@ -128,7 +138,15 @@ OUT_OF_RANGE: dict[str, dict[str, list[object]]] = {
 }
 """By file: a part's keys and values that each must be refused. A new file needs an entry here."""
 
+WITHOUT_TRANSFORMS = {
+    "art_detector", "detector", "randomized_smoothing", "rse", "sap", "temperature",
+}  # fmt: skip
+"""Wraps that transform no pixels by a `Preprocess` of their own."""
+
 wraps = pytest.mark.parametrize("choice", WRAPS)
+transforming = pytest.mark.parametrize(
+    "choice", [name for name in WRAPS if name not in WITHOUT_TRANSFORMS]
+)
 channels = pytest.mark.parametrize("channels", [1, 3])
 sizes = pytest.mark.parametrize("size", [(28, 28), (33, 30)], ids=["28x28", "33x30"])
 
@@ -164,12 +182,24 @@ def test_the_victim_answers_and_leaves_no_trace(
     assert torch.is_grad_enabled()
 
 
-@wraps
+def transforms_in(choice: str, channels: int) -> list[Preprocess]:
+    """The transforms of a file, one at least."""
+    found = transforms_of(victim_of(ready(choice, channels), channels))
+    assert found, f"{choice} has no transform: add it to WITHOUT_TRANSFORMS"
+    return found
+
+
+@pytest.mark.parametrize("choice", sorted(WITHOUT_TRANSFORMS))
+def test_what_is_said_to_have_no_transforms_has_none(choice: str) -> None:
+    assert not transforms_of(victim_of(ready(choice, 1), 1))
+
+
+@transforming
 @channels
 @sizes
 def test_transforms_return_images(choice: str, channels: int, size: tuple[int, int]) -> None:
     """In [0, 1], as many, of as many channels and of the same type, also from flat ones."""
-    for part in transforms_of(victim_of(ready(choice, channels), channels)):
+    for part in transforms_in(choice, channels):
         for x in (images(channels, *size), torch.zeros(2, channels, *size),
                   torch.ones(2, channels, *size)):  # fmt: skip
             # What has weights takes pixels of their type, as networks do.
@@ -181,11 +211,11 @@ def test_transforms_return_images(choice: str, channels: int, size: tuple[int, i
                 assert float(out.min()) >= 0 and float(out.max()) <= 1
 
 
-@wraps
+@transforming
 @channels
 def test_forward_is_the_transform_and_backward_its_surrogate(choice: str, channels: int) -> None:
     x = images(channels, 33, 30)
-    for part in transforms_of(victim_of(ready(choice, channels), channels)):
+    for part in transforms_in(choice, channels):
         part.reseed(5)
         with torch.no_grad():
             exact = part.transform(x)
@@ -194,15 +224,42 @@ def test_forward_is_the_transform_and_backward_its_surrogate(choice: str, channe
         part.reseed(5)
         assert torch.equal(part(x.clone().requires_grad_()).detach(), exact)
 
+        if part.differentiable:
+            continue  # its gradient has a test of its own
         weight = torch.rand(exact.shape, generator=seeded())
         part.reseed(5)
         gradient = gradient_of(part, x, weight)
         part.reseed(5)
+        with torch.no_grad():
+            part.transform(x)  # a surrogate may stand in for this very draw
+        assert torch.equal(gradient, gradient_of(part.surrogate, x, weight))
+
+
+@transforming
+@channels
+def test_what_is_differentiable_has_the_gradient_of_finite_differences(
+    choice: str, channels: int
+) -> None:
+    """Along one direction, in float64, at pixels that differ and lie off the ends of the box."""
+    x = 0.2 + 0.6 * torch.rand(2, channels, 17, 14, generator=seeded(), dtype=torch.float64)
+    along, step = torch.randn(x.shape, generator=seeded(1), dtype=torch.float64), 1e-7
+    for part in transforms_in(choice, channels):
         if not part.differentiable:
-            with torch.no_grad():
-                part.transform(x)  # a surrogate may stand in for this very draw
-        stand_in = part.transform if part.differentiable else part.surrogate
-        assert torch.equal(gradient, gradient_of(stand_in, x, weight))
+            continue  # another function stands in for it
+        part = copy.deepcopy(part).double()
+        for weights in part.parameters():  # untrained ones may make it the identity
+            weights.data += 0.1 * torch.randn(weights.shape, generator=seeded(2))
+
+        def at(images: Tensor, part: Preprocess = part) -> Tensor:
+            part.reseed(5)
+            return part(images)
+
+        weight = torch.randn(at(x).shape, generator=seeded(3), dtype=torch.float64)
+        with torch.no_grad():
+            slope = ((at(x + step * along) - at(x - step * along)) * weight).sum() / (2 * step)
+        found = (gradient_of(at, x, weight) * along).sum()
+        torch.testing.assert_close(found, slope, rtol=1e-4, atol=1e-4)
+        assert float(slope.abs()) > 1e-3
 
 
 @wraps
@@ -314,21 +371,77 @@ def test_it_passes_its_trial_with_a_network_that_takes_any_size(choice: str, cha
 
 @pytest.mark.parametrize("choice", [name for name in CHOICES if name != "none"])
 def test_values_out_of_range_are_refused(choice: str) -> None:
-    """Every number of a part has values that are refused with its key."""
+    """Every number of a part has values that are refused with its key, as it is typed.
+
+    So are words in the place of true and false, and values in the place of what has a _target_.
+    """
     assert choice in OUT_OF_RANGE, f"add {choice} to OUT_OF_RANGE"
     node = settings(choice)
     (half,) = (half for half in ("recipe", "regularize", "wrap") if choice in node[half])
     own = node[half][choice]
     numbers = {key for key in own if type(own[key]) in (int, float)}
     assert numbers <= set(OUT_OF_RANGE[choice]), "a number without a value that is refused"
-    for key, values in OUT_OF_RANGE[choice].items():
+    flags = {key: ["no", "off", 1, None] for key in own if type(own[key]) is bool}
+    parts = {
+        key: ["pgd", 0.3]
+        for key in own
+        if isinstance(own[key], DictConfig) and "_target_" in own[key]
+    }
+    for key, values in {**OUT_OF_RANGE[choice], **flags, **parts}.items():
         for value in values:
-            wrong = OmegaConf.merge(node)
-            OmegaConf.update(wrong, f"{half}.{choice}.{key}", value, merge=False)
-            with pytest.raises(UserError, match=key.rpartition(".")[2]) as caught:
-                build_defense(wrong)  # type: ignore[arg-type]
-            said = str(caught.value)
-            assert "\n" not in said and any(word in said for word in ("expected", "type", "check"))
+            said = refusal(node, f"{half}.{choice}.{key}", value)
+            assert f"defense.{half}.{choice}.{key}" in said
+            assert any(word in said for word in ("expected", "type", "check"))
+
+
+def refusal(node: DictConfig, key: str, value: object) -> str:
+    """What is said where the key of the group has that value."""
+    wrong = copy.deepcopy(node)
+    OmegaConf.update(wrong, key, value, merge=False)
+    with pytest.raises(UserError) as caught:
+        build_defense(wrong)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize("choice", RECIPES)
+def test_a_recipe_without_its_attack_is_refused(choice: str) -> None:
+    own = settings(choice).recipe[choice]
+    for key in {"attack", "validation", "threat"} & set(own):
+        said = refusal(settings(choice), f"recipe.{choice}.{key}", None)
+        assert said.startswith(f"defense.recipe.{choice}.{key}=null; expected a")
+
+
+def test_a_part_under_another_name_and_within_another_says_where_it_lies() -> None:
+    node = copy.deepcopy(settings("median"))
+    OmegaConf.update(node, "wrap", {"mine": {**node.wrap.median, "size": 4}}, merge=False)
+    with pytest.raises(
+        UserError, match=r"^defense\.wrap\.mine\.size=4; .* type defense\.wrap\.mine"
+    ):
+        build_defense(node)
+    # What follows another setting is mended there.
+    told = r"^train\.adversarial_steps=0; expected"
+    with (
+        initialize_config_dir(str(CONF), version_base="1.3"),
+        pytest.raises(UserError, match=told),
+    ):
+        build_defense(compose("config", ["defense=mart", "train.adversarial_steps=0"]).defense)
+
+
+@pytest.mark.parametrize(
+    ("choice", "key", "told"),
+    [
+        ("jpeg", "wrap.jpeg.foo", r"defense\.wrap\.jpeg\.foo is not a key of Jpeg; expected one of "
+         r"quality, surrogate, in_training, at_run_time: type defense\.wrap\.jpeg\.KEY=VALUE"),
+        ("mart", "recipe.mart.attack.foo", r"defense\.recipe\.mart\.attack\.foo is not a key of P"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_is_told_with_those_beside_it(choice: str, key: str, told: str) -> None:
+    node = copy.deepcopy(settings(choice))
+    OmegaConf.update(node, key, 1, force_add=True)
+    with pytest.raises(UserError, match=f"^{told}"):
+        build_defense(node)
 
 
 @pytest.mark.parametrize("choice", [*RECIPES, *REGULARIZERS])

@@ -12,17 +12,22 @@ from torch import Tensor, nn
 from robustbench_local.attacks import PGD, Attack
 from robustbench_local.data import Dataset, Split
 from robustbench_local.defenses import (
+    RSE,
     BitDepth,
     Calibration,
     Defense,
     Detecting,
     Detector,
     FeatureSqueezingDetector,
+    JpegVote,
     Median,
+    NoiseFusion,
     Preprocess,
+    RandomizedSmoothing,
     Scorer,
     describe_detection,
 )
+from robustbench_local.defenses.averaged import Averaged
 from robustbench_local.defenses.detection import settle
 from robustbench_local.defenses.feature_squeezing_detector import log_odds_distance
 from robustbench_local.errors import UserError
@@ -141,6 +146,49 @@ def test_the_threshold_of_a_random_defense_comes_from_the_seed() -> None:
     victim = defense.fit(given).apply(given.network.model)
     share = rejected(victim, given.data.validation.pixels(slice(None))).double().mean()
     assert float(share) == pytest.approx(0.05, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    "averaging",
+    [NoiseFusion(), RSE(inner=0.0), JpegVote(), RandomizedSmoothing(at_run_time=False)],
+    ids=lambda part: type(part).__name__,
+)
+def test_a_detector_is_not_averaged_but_looks_at_an_average(averaging: object) -> None:
+    """Then the share of validation images that the victim itself rejects is the one it reports."""
+    brightness = BrightnessDetector()
+    if getattr(averaging, "at_run_time", True):
+        for front in ({}, {"dark": Darker()}):
+            wrap = {**front, "average": averaging, "brightness": brightness}
+            names = ",".join([*front, "brightness", "average"])
+            told = rf"average averages several .*wrap\.brightness .*type defense=\[{names}\]$"
+            with pytest.raises(UserError, match=told):
+                Defense(wrap=wrap)  # type: ignore[arg-type]
+    else:
+        Defense(wrap={"average": averaging, "brightness": brightness})  # type: ignore[dict-item]
+    given = workshop()
+    wraps = {"dark": Darker(), "brightness": brightness, "average": averaging}
+    fitted = Defense(wrap=wraps).fit(given)  # type: ignore[arg-type]
+    x = given.data.validation.pixels(slice(None))
+    assert rejected(fitted.apply(given.network.model), x).sum() == 10
+    told = describe_detection(fitted.apply(given.network.model))
+    assert (told["validation_images"], told["validation_rejected"]) == (200, 0.05)
+
+
+@pytest.mark.parametrize("names", [["smooth", "brightness"], ["brightness", "smooth"]])
+def test_what_certifies_an_average_goes_with_no_detector(names: list[str]) -> None:
+    parts = {"smooth": RandomizedSmoothing(), "brightness": BrightnessDetector(), "dark": Darker()}
+    told = r"smooth averages and certifies .*brightness can stand neither .*=\[smooth,dark\]$"
+    with pytest.raises(UserError, match=told):
+        Defense(wrap={name: parts[name] for name in [*names, "dark"]})
+
+
+def test_an_average_that_does_not_say_so_is_found_when_the_threshold_is_set() -> None:
+    def average(model: nn.Module) -> nn.Module:
+        return Averaged(model, draws=3)
+
+    defense = Defense(wrap={"mine": average, "brightness": BrightnessDetector()})
+    with pytest.raises(UserError, match=r"BrightnessDetector is asked 600 times about 200 images"):
+        defense.fit(workshop())
 
 
 def test_a_threshold_lies_between_two_scores_and_equal_scores_stay_together() -> None:

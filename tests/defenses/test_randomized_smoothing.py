@@ -23,7 +23,7 @@ from robustbench_local.defenses.certificate import (
 from robustbench_local.defenses.defense import declared_samples
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import is_randomized
-from robustbench_local.randomness import reseed
+from robustbench_local.randomness import derive_seed, reseed
 from robustbench_local.threat import ThreatModel
 
 SIGMA = 0.3
@@ -197,6 +197,22 @@ def test_wrong_labels_count_as_wrong(linear):
     majority = linear.majority(n=200)
     flipped = Split(split.images, 1 - split.labels, split.indices)
     assert certified_accuracy(majority, flipped, (0.0,))["radii"]["0"]["value"] == 0
+
+
+def test_what_is_predicted_stands_beside_what_is_certified(linear):
+    """From the same votes, so `predict` says it too with the draws of the same image."""
+    split, part = split_of(linear), RandomizedSmoothing(sigma=SIGMA, n=40, images=None)
+    found = part.certify(part(linear.model), split, seed=3)
+    told, majority = found["predicted"], part.majority(part(linear.model))
+    answers = []
+    for place in range(len(split)):
+        reseed(majority.noisy, derive_seed(3, "certify", int(split.indices[place])))
+        majority.votes(split.pixels(slice(place, place + 1))[0], majority.n0)
+        answers.append(majority.predict(split.pixels(slice(place, place + 1))))
+    predicted = torch.cat(answers)
+    assert told["value"] == (predicted == split.labels).double().mean() and told["n"] == 60
+    assert told["low"] < told["value"] <= told["high"]
+    assert told["abstained"] == int((predicted == ABSTAIN).sum()) > 0
 
 
 def test_an_image_gets_the_same_certificate_whatever_else_is_certified(linear):

@@ -10,6 +10,7 @@ from torch import nn
 
 from robustbench_local.attacks import PGD, Attack
 from robustbench_local.defenses import AWP, AdversarialTraining, Recipe, Standard
+from robustbench_local.defenses.awp import worst_offset
 from robustbench_local.errors import UserError
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training.step import Step
@@ -55,6 +56,23 @@ def test_a_quadratic_loss_has_a_closed_form():
         other = torch.randn(4, 6)
         moved = before + other * (reach / other.norm())
         assert 0.5 * (moved - 2).square().sum() < worst
+
+
+def test_a_gradient_that_float16_rounds_to_0_still_moves_the_weights():
+    class Half(nn.Module):
+        def forward(self, x):
+            return x.half().float()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Identity(), nn.Linear(3, 1))
+    x = torch.rand(5, 4)
+    exact = worst_offset(model, 1e-8 * model(x).sum(), 0.1)
+    model[1] = Half()
+    offset = worst_offset(model, 1e-8 * model(x).sum(), 0.1)
+    torch.testing.assert_close(offset["0.weight"], exact["0.weight"], rtol=0.05, atol=1e-4)
+    assert offset["0.weight"].norm() > 0.09 * model[0].weight.norm()
+    beyond = worst_offset(model, 1e3 * model(x).sum(), 0.1)  # infinite in float16
+    assert all(each.isfinite().all() for each in beyond.values())
 
 
 def test_each_layer_moves_by_its_own_size_and_only_matrices_move():

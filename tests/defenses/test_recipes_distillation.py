@@ -1,6 +1,6 @@
 """Defensive distillation: the two losses, the student's answers, and what breaks it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from conftest import accuracy, digit_cnn, plain_pgd
 from torch import nn
 
 from robustbench_local.attacks import PGD
-from robustbench_local.defenses import Distillation
+from robustbench_local.defenses import Defense, Distillation, NoiseFusion
 from robustbench_local.defenses.distillation import Heated
 from robustbench_local.errors import UserError
 from robustbench_local.threat import ThreatModel
-from robustbench_local.training import Schedule, Workshop
+from robustbench_local.training import Schedule, Trained, Workshop
 from robustbench_local.training.step import Step
 
 CPU = torch.device("cpu")
@@ -60,6 +60,34 @@ def test_the_network_learns_what_the_teacher_says_at_the_temperature(channels):
     model.zero_grad()
     step(recipe, model, x, y)[0].backward()
     assert all(weight.grad.abs().max() < 1e-6 for weight in model.parameters())
+
+
+def test_the_teacher_is_asked_behind_the_noise_it_was_trained_behind():
+    """With draws of its own, which derive from the seed and the step."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Taught(Workshop):
+        def train(self, build, recipe, **options):
+            assert options["through"] == self.through
+            return Trained.given(make(1, 0).eval(), "0" * 64)
+
+    noise = NoiseFusion(distribution="bernoulli", amplitude=0.1, in_training=True)
+    x, y = batch(1)
+    place = Taught(
+        data=None, device=CPU, cache=None, seed=0, build=None, model={}, schedule=None,
+        through=Defense(wrap={"noise": noise}).through,
+    )  # fmt: skip
+    recipe = Distillation(temperature=2.0).prepare(place)
+    met = []
+    taught = next(part for part in recipe.teacher[0].modules() if isinstance(part, nn.Linear))
+    taught.register_forward_hook(lambda layer, inputs, output: met.append(inputs[0].view_as(x)))
+    losses = [step(recipe, make(1, 1), x, y)[0] for _ in range(2)]
+    inside = (x - 0.1 > 0) & (x + 0.1 < 1)
+    assert torch.allclose((met[0] - x).abs()[inside], torch.tensor(0.1))
+    assert torch.equal(met[0], met[1]) and torch.equal(*losses)
+    other = Step(x, y, criterion=F.cross_entropy, progress=0.5, number=2, seed=0)
+    recipe.loss(make(1, 1), other)
+    assert not torch.equal(met[2], met[0])
 
 
 def workshop(digits, cache, epochs: int = 4) -> Workshop:

@@ -8,9 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_local.__main__ import main
+from robustbench_local.attacks import PGD
 from robustbench_local.data import Dataset
-from robustbench_local.defenses import Defense, Median, Preprocess, ResizePad, check_defense
+from robustbench_local.defenses import (
+    Defense,
+    Denoiser,
+    FeatureSqueezingDetector,
+    Median,
+    Preprocess,
+    ResizePad,
+    check_defense,
+)
 from robustbench_local.errors import UserError
+from robustbench_local.threat import ThreatModel
 
 
 class Brighter(Preprocess):
@@ -77,6 +87,23 @@ def test_a_trial_on_two_images_tells_it(digits: Dataset, wrap: object, told: str
     assert "\n" not in str(caught.value)
     assert torch.equal(digits.test.images[:2], before) and model.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_needs_no_training_of_a_wrap_that_learns_is_tried(digits: Dataset) -> None:
+    squeezing = FeatureSqueezingDetector(squeezers={"mine": Brighter()})
+    with pytest.raises(UserError, match=r"^Brighter\.transform returned pixels"):
+        check_defense(Defense(wrap={"squeezing": squeezing}), network(), digits)
+    sound = FeatureSqueezingDetector(squeezers={"median": Median(size=2)})
+    check_defense(Defense(wrap={"squeezing": sound}), network(), digits)
+
+    def denoiser(layer: object) -> Denoiser:
+        threat = ThreatModel(norm="linf", epsilon=0.3)
+        return Denoiser(attack=PGD(), threat=threat, layer=layer)  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match=r"denoiser\.layer=2 is no layer .* one of 0, 1: type"):
+        check_defense(Defense(wrap={"denoiser": denoiser(2)}), network(), digits)
+    for layer in (1, "1", None):  # on the command line layer=1 is a number
+        check_defense(Defense(wrap={"denoiser": denoiser(layer)}), network(), digits)
 
 
 def test_a_sound_defense_passes_its_trial(digits: Dataset) -> None:

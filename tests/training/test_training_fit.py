@@ -1,3 +1,4 @@
+import ast
 import json
 import random
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from robustbench_local.attacks import PGD
 from robustbench_local.data import Split
 from robustbench_local.defenses import AdversarialTraining, Standard
 from robustbench_local.errors import UserError
+from robustbench_local.identity import PACKAGE
 from robustbench_local.models import Normalized
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training import Schedule, TrainingDiverged, fit, weights_key
@@ -297,6 +299,33 @@ def test_undefended_weights_do_not_depend_on_the_code_of_attacks(monkeypatch):
     assert parts["recipe"]["attack"][""] == "robustbench_local.attacks.gradient.PGD"
     assert parts["recipe"]["threat"]["epsilon"] == 0.1
     json.dumps(parts, allow_nan=False)
+
+
+def test_the_key_of_adversarial_training_holds_all_code_that_pgd_runs_through(monkeypatch):
+    from robustbench_local.training import identity
+
+    def imported(file: str) -> set[str]:
+        """The files of the package that a file imports when it is imported itself."""
+        body = ast.parse((PACKAGE / file).read_text()).body
+        names = [node.module or "" for node in body if isinstance(node, ast.ImportFrom)]
+        names += [
+            f"{node.module}.{name.name}"
+            for node in body
+            if isinstance(node, ast.ImportFrom)
+            for name in node.names
+        ]
+        paths = {name.removeprefix("robustbench_local.").replace(".", "/") for name in names}
+        return {f"{path}.py" for path in paths if (PACKAGE / f"{path}.py").is_file()}
+
+    seen = []
+    monkeypatch.setattr(identity, "code_version", lambda *parts: seen.extend(parts) or "code")
+    identity.key_parts(make_data(), adversarial(), SCHEDULE, seed=0, key=KEY)
+    reached, ahead = set(), {"attacks/gradient.py"}
+    while ahead:
+        reached |= ahead
+        ahead = set().union(*map(imported, ahead)) - reached
+    assert {"oracle.py", "attacks/target.py"} <= reached
+    assert reached - set(seen) == {"errors.py", "types.py"}  # which compute nothing
 
 
 def test_fewer_images_than_a_batch(tmp_path):

@@ -69,6 +69,9 @@ def test_every_file_is_a_schedule_with_a_budget_beside_it(path):
         ({"average_decay": 1.0}, "train.average_decay=1.0"),
         ({"milestones": [2]}, "train.milestones"),
         ({"learning_rat": 1}, "train.learning_rat is unknown"),
+        ({"learning_rate": "fast"}, "train.learning_rate=fast; expected a number"),
+        ({"epochs": True}, "train.epochs=True; expected a whole number"),
+        ({"mixed_precision": "no"}, "train.mixed_precision=no; expected true or false"),
     ],
 )
 def test_wrong_values_are_told(changes, words):
