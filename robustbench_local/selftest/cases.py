@@ -54,8 +54,8 @@ def ambition(attack: Attack, threat: ThreatModel, classes: int) -> float:
     0 demands no more than what random noise breaks. With two classes gradients reach the optimum;
     with more the best class is not always the one that is nearest at first, and an attack that
     climbs towards another stays there. One gradient step is the optimum under linf alone: under l2
-    the box takes a part of it, and under l1 it changes few entries. What sees labels only is not held to an optimum, but for the
-    grid of spatial, of which any element is one question.
+    the box takes a part of it, and under l1 it changes few entries. What sees labels only is not
+    held to an optimum, but for the grid of spatial, of which any element is one question.
     """
     norm = threat.norm
     if norm == "spatial":

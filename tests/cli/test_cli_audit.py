@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from robustbench_local.__main__ import main
-from robustbench_local.evaluation.audit import COSTLY, SEVERE
+from robustbench_local.evaluation.audit import COSTLY, SEVERE, audit_attack
 
 QUICK = ("+experiment=smoke", "model.width=4", "model.hidden=16", "train.epochs=1")
 SMALL = ("audit.sample=20", "audit.noise_draws=5", "audit.black_box_queries=50")
@@ -47,6 +47,19 @@ def test_every_check_is_recorded_and_shown(cli):
         assert check["why"][:40] in out
     told = sorted(flag["name"] + "*" * flag["severe"] for flag in raised)
     assert pd.read_csv("results/leaderboard.csv").loc[0, "flags"] == " ".join(told)
+
+
+def test_a_check_that_breaks_down_leaves_the_record(cli, monkeypatch):
+    def broken(case):
+        raise IndexError("too many indices")
+
+    monkeypatch.setitem(audit_attack.__globals__["_MADE"], "noise_as_strong", broken)
+    _, (record,) = cli(*QUICK, "audit=full", *SMALL)
+    checks = {check["name"]: check for check in record["audit"]["checks"]}
+    check = checks["noise_as_strong"]
+    assert check["raised"] is None
+    assert check["why"] == "the check could not be made: IndexError too many indices"
+    assert checks["weaker_than_fgsm"]["raised"] is not None
 
 
 def test_the_cheap_level_says_what_it_left_out(cli):

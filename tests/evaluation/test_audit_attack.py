@@ -120,6 +120,7 @@ def test_other_sound_attacks_are_not_flagged(digit_model, split, attack):
 @pytest.mark.parametrize(
     "attack",
     [
+        PGD(step_size=0.05, restarts=2),
         APGD(),
         Cascade(
             parts={
@@ -129,13 +130,36 @@ def test_other_sound_attacks_are_not_flagged(digit_model, split, attack):
             }
         ),
     ],
-    ids=["apgd", "cascade"],
+    ids=["pgd", "apgd", "cascade"],
 )
 def test_adversarial_training_under_strong_attacks_is_sound(robust_digit_model, split, attack):
     threat = replace(LINF, epsilon=0.3)
     checks = audited(robust_digit_model, attack, split, threat, config=replace(FULL, sample=40))
     assert raised(checks) == set()
     assert 0.5 < checks["not_converged"].measured["robust_accuracy"] < 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("attack", "deviation"),
+    [
+        (PGD(step_size=0.05, eot_samples=4), 0.02),
+        (APGD(steps=40, eot_samples=4), 0.02),
+        (APGD(steps=40, eot_samples=4), 0.1),  # where PGD is not done after as many steps
+    ],
+    ids=["pgd", "apgd", "apgd and much noise"],
+)
+def test_harmless_noise_before_a_robust_network_is_sound(
+    robust_digit_model, split, attack, deviation
+):
+    """Freezing gains the attack nothing, and nothing else breaks more either."""
+    victim = Wrapped(Shaking(deviation), robust_digit_model)
+    threat, config = replace(LINF, epsilon=0.3), replace(FULL, sample=40, black_box_queries=200)
+    checks = audited(victim, attack, split, threat, draws=10, config=config)
+    assert raised(checks) == set()
+    check = checks["frozen_randomness"]
+    assert check.measured["frozen"] > 0.5
+    assert check.measured["broken_besides"] is not None
 
 
 def test_a_masking_quantiser(digit_model, split):
