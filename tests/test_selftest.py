@@ -118,6 +118,7 @@ def test_the_optimum_of_few_pixels_is_that_of_trying_all():
         assert rise == pytest.approx(best, abs=1e-5)
 
 
+@pytest.mark.slow
 @balls
 @pytest.mark.parametrize("kind", ["between", "at the edge"])
 @pytest.mark.parametrize("classes", [2, 5])

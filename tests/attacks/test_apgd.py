@@ -64,6 +64,7 @@ def test_climbs_nearly_to_the_optimum(norm: Norm) -> None:
     assert (reached / (before - after))[resists].min() >= 0.99
 
 
+@pytest.mark.slow
 @norms
 @pytest.mark.parametrize("classes", [3, 4, 7])
 def test_targeted_dlr_is_exact_on_many_classes(norm: Norm, classes: int) -> None:
@@ -220,6 +221,7 @@ def test_broken_images_leave_the_batch(norm: Norm) -> None:
     assert passes["dlr_targeted"] <= before + 6
 
 
+@pytest.mark.slow
 @norms
 @losses
 def test_every_image_gets_its_own_result(norm: Norm, loss: str) -> None:
@@ -383,6 +385,7 @@ def test_at_least_as_strong_on_a_robust_network(
     assert left_mine <= left + 2 * 0.02
 
 
+@pytest.mark.slow
 def test_at_least_as_strong_as_plain_descent(
     digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]
 ) -> None:

@@ -447,6 +447,7 @@ def test_refuses_an_access_that_is_too_little(choice: str) -> None:
         assert f"needs access to {attack.needs}" in str(caught.value)
 
 
+@pytest.mark.slow
 @pairs_without(*SINGLE)
 def test_breaks_at_least_what_noise_breaks(
     choice: str, norm: Norm, digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]

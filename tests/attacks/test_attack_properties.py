@@ -39,6 +39,7 @@ def falls(values: list[float], slack: float = 0.0) -> bool:
     return all(after <= before + slack for before, after in pairwise(values))
 
 
+@pytest.mark.slow
 @norms
 @pytest.mark.parametrize("attack", [PGD(steps=10, step_size=0.2), Noise()], ids=["pgd", "noise"])
 def test_robust_accuracy_falls_with_epsilon(
@@ -52,6 +53,7 @@ def test_robust_accuracy_falls_with_epsilon(
         assert values[0] > values[-1] + 0.5
 
 
+@pytest.mark.slow
 @norms
 def test_robust_accuracy_falls_with_steps(
     norm: Norm, digit_model: nn.Module, some: tuple[Tensor, Tensor]
@@ -89,6 +91,7 @@ def test_a_large_epsilon_leaves_nothing(
     assert robust(digit_model, some, PGD(early_stop=early_stop), "linf", epsilon) == 0
 
 
+@pytest.mark.slow
 @norms
 def test_switches_only_make_it_stronger(
     norm: Norm, digit_model: nn.Module, some: tuple[Tensor, Tensor]

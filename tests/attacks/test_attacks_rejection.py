@@ -166,10 +166,9 @@ GRADIENT: dict[str, Attack] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRADIENT)
-@pytest.mark.parametrize(
-    ("classes", "epsilon"), [(2, 0.1), pytest.param(2, 0.2, marks=pytest.mark.slow), (4, 0.1)]
-)
+@pytest.mark.parametrize(("classes", "epsilon"), [(2, 0.1), (2, 0.2), (4, 0.1)])
 def test_what_can_be_broken_while_accepted_is_broken_and_nothing_else(
     name: str, classes: int, epsilon: float
 ) -> None:

@@ -91,7 +91,10 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
 
 @norms
 @shapes
-@pytest.mark.parametrize(("loss", "early_stop"), [("ce", True), ("ce", False), ("margin", True)])
+@pytest.mark.parametrize(
+    ("loss", "early_stop"),
+    [("ce", True), ("margin", True), pytest.param("ce", False, marks=pytest.mark.slow)],
+)
 def test_pgd_breaks_exactly_what_can_be_broken(
     shape: tuple[int, int, int], norm: Norm, loss: Loss, early_stop: bool
 ) -> None:
@@ -129,6 +132,7 @@ def test_default_pgd_climbs_nearly_to_the_optimum(shape: tuple[int, int, int], n
     assert (reached / possible).min() >= 0.98
 
 
+@pytest.mark.slow
 @norms
 @pytest.mark.parametrize(
     ("loss", "variant"),
@@ -317,6 +321,7 @@ def test_restarts_attack_the_survivors_only() -> None:
     assert (broken[1] <= broken[2]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("best_iterate", [True, False])
 @pytest.mark.parametrize("restarts", [1, 3])

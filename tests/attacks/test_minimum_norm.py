@@ -120,6 +120,7 @@ def near_the_box(norm: Norm, classes: int) -> tuple[LinearVictim, Tensor, Tensor
     return model, x, y, exact(model, x, y, norm)
 
 
+@pytest.mark.slow
 @pairs
 @pytest.mark.parametrize("classes", [2, 5])
 def test_exact_minimum_where_two_thirds_of_the_pixels_are_0_or_1(
@@ -176,6 +177,7 @@ def test_no_disguise_of_the_logits_helps(name: str, norm: Norm, variant: str) ->
     assert np.median(found / known) <= 1.01
 
 
+@pytest.mark.slow
 @each
 def test_returned_within_epsilon_or_not_at_all(name: str) -> None:
     model, x = victim(SHAPE, 5), images(SHAPE, 16)

@@ -226,6 +226,7 @@ def test_more_pixels_break_more() -> None:
     assert broken[0] < broken[1] < broken[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pixels", [1, 2])
 @pytest.mark.parametrize("disguise", ["shift", "scale up", "log-softmax", "saturated"])
 def test_no_disguise_of_the_scores_helps(disguise: str, pixels: int) -> None:

@@ -161,6 +161,7 @@ def test_as_strong_as_the_authors(norm: Norm, shape: tuple[int, int, int]) -> No
     assert mine <= authors + 0.02
 
 
+@pytest.mark.slow
 @norms
 @pytest.mark.parametrize("variant", ["shift", "scale"])
 def test_no_disguise_of_the_logits_helps(norm: Norm, variant: str) -> None:

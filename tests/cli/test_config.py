@@ -77,6 +77,7 @@ def test_every_experiment_composes(choice):
     assert isinstance(attack_of(config), Attack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [path.stem for path in (CONF / "experiment").glob("*.yaml")])
 def test_every_choice_that_an_experiment_sweeps_over_composes(choice):
     params = composed(f"+experiment={choice}").hydra.sweeper.params or {}

@@ -341,6 +341,7 @@ def test_an_image_does_not_depend_on_its_batch(choice: str, channels: int) -> No
         torch.testing.assert_close(alone, whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @wraps
 def test_the_gradient_leads_uphill(
     choice: str, digit_model: nn.Module, digit_images: tuple[Tensor, Tensor]

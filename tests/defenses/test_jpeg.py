@@ -302,6 +302,7 @@ def attacked(wrap, model, x, y, *, epsilon, steps=10, eot_samples=1):
     return accuracy(victim, ignoring, y), accuracy(victim, attack(victim, x, y, threat), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrap", "eot_samples"),
     [

@@ -127,6 +127,7 @@ def batch(data: Dataset):
     return data.train.pixels(slice(0, 12)), data.train.labels[:12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [*RECIPES, "adversarial_training,awp", "free,awp"])
 def test_a_training_stopped_in_the_middle_ends_with_the_same_bytes(choice, tmp_path, monkeypatch):
     def train(cache):
@@ -198,6 +199,7 @@ def test_names_are_those_of_the_files_recipe_first():
     assert defense_of("awp").name == "awp"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", RECIPES)
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_other_norms_train_as_well(choice, norm, tmp_path):

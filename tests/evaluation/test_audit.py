@@ -306,6 +306,7 @@ def test_a_part_that_rounds_has_a_surrogate():
     assert raised(Wrapped(Rounding(), Victim())) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [path.stem for path in (CONF / "model").glob("*.yaml")])
 def test_no_network_of_ours_has_a_flag(choice):
     node = OmegaConf.load(CONF / "model" / f"{choice}.yaml")

@@ -413,6 +413,7 @@ class Cheating(PGD):
         return x_adv if threat.epsilon <= 0.1 else 1 - x
 
 
+@pytest.mark.slow
 def test_an_attack_that_forgets_what_it_found(digit_model, split):
     checks = audited(digit_model, Forgetful(), split)
     right = checks["unconstrained_failure"].measured["attacked"]
@@ -622,6 +623,7 @@ class Suspecting(nn.Module):
         return torch.cat([logits, second + 5], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", [PGD(), Square(queries=200)], ids=["pgd", "square"])
 def test_what_a_victim_rejects_after_an_attack_is_not_broken(digit_model, split, attack):
     """As in the evaluation; and a search that ends in a rejection has lost nothing."""
@@ -811,6 +813,7 @@ def test_the_sample_may_be_larger_than_the_test_set(digit_model, split):
     assert checks["not_converged"].measured["n"] == 7
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing(digit_model, split):
 
     def measured(batch_size):

@@ -40,6 +40,7 @@ def single(attack, epsilon, norm="linf", access="gradients"):
     return evaluate(oracle, attack, split, batch_size=25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize(
     "attack",
