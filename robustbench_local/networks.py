@@ -79,19 +79,18 @@ def get_model(settings: Mapping[str, Any], defense: Defense, workshop: Workshop)
 def equip(
     attack: Transfer,
     settings: Mapping[str, Any],
-    data: Dataset,
+    workshop: Workshop,
     victim: Trained,
-    device: torch.device,
-    cache: Path,
     display: Display,
 ) -> Transfer:
     """The attack with the models it transfers from, those it trains being undefended."""
+    data, device = workshop.data, workshop.device
 
     def train(seed: int) -> Trained:
         model = {**settings["model"], "checkpoint": None}
         own = {**settings, "seed": seed, "model": model}
-        workshop = make_workshop(own, data, Defense(), device, cache, display)
-        return get_model(own, Defense(), workshop)
+        empty = make_workshop(own, data, Defense(), device, workshop.cache, display)
+        return get_model(own, Defense(), empty)
 
     return attack.with_models(
         get_sources(attack.sources, settings, data, victim, train=train, device=device)

@@ -1,6 +1,6 @@
 """One run, as a straight line: load, train, defend, attack, judge, audit, record, tabulate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from robustbench_local.evaluation import (
     Audit,
     Averaging,
     Judging,
+    PerExample,
     Samples,
     audit_attack,
     audit_samples,
@@ -51,7 +52,7 @@ from robustbench_local.results.record import make_record, run_identity
 from robustbench_local.results.report import show
 from robustbench_local.results.store import check_writable
 from robustbench_local.threat import ThreatModel
-from robustbench_local.training import Trained
+from robustbench_local.training import Trained, Workshop
 from robustbench_local.types import Model
 
 
@@ -85,12 +86,13 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
         ignore_defense(settings, defense, display)
     device = choose_device(str(config.device))
     points = [Point(build_threat(config, value)) for value in epsilons(settings)]
-    attack, averaging = build_attack(settings, 1), build(config.eot)
+    attack = build_attack(settings, 1)
     for point in points:
         attack.require(point.threat)
     if defense.abstains and settings["awareness"] == "adaptive":
         attack.require_rejection()
-    auditing: Audit = build(config.audit)
+    for part in (config.audit, config.eot):  # mistakes in them are told before any training
+        build(part)
     data_dir, cache, results = (
         Path(str(config.paths[key])).expanduser() for key in ("data", "cache", "results")
     )
@@ -110,75 +112,13 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
         workshop = make_workshop(settings, data, defense, device, cache, display)
         trained = get_model(settings, defense, workshop)
         defense = defense.fit(replace(workshop, network=trained))
-        victim = defense.apply(trained.model)
-        first = next(iter(missing.values())).threat
-        faced, judging = face(settings, data, defense, victim, trained, first, auditing)
+        bench = set_up(config, settings, choices, workshop, trained, defense, display)
         # Together, radii would share the draws of a random victim and how many are averaged.
-        apart = judging.randomized or faced.randomized
-        groups = [{name: point} for name, point in missing.items()] if apart else [missing]
-        certified: Mapping[str, Any] | None = None
+        groups = [{name: point} for name, point in missing.items()] if bench.random else [missing]
         for group in groups:
-            threats = [point.threat for point in group.values()]
-            oracle = Oracle(faced.victim, threats[0], data.num_classes, randomized=faced.randomized)
-            ready, averaged = settle_draws(attack, settings, averaging, oracle, judging, data)
-            if isinstance(ready, Transfer):
-                ready = equip(ready, settings, data, trained, device, cache, display)
-            with exact():
-                checks = audit_victim(
-                    victim,
-                    data,
-                    ready,
-                    config=auditing,
-                    awareness=settings["awareness"],
-                    at_most=config.batch_size,
-                )
-                ready = ready.fit(oracle, data.validation, threats[-1])
-            checks.append(audit_samples(averaged))
-            preparation = {"forward": oracle.forward_passes, "backward": oracle.backward_passes}
-            with display.evaluation(choices.chosen["attack"], len(data.test)) as progress:
-                curve = evaluate_curve(
-                    oracle,
-                    ready,
-                    data.test,
-                    [threat.epsilon for threat in threats],
-                    batch_size=config.batch_size,
-                    judging=judging,
-                    progress=progress,
-                    say=display.say,
-                )
-            certified = certified or prove(defense, victim, data, first, config.seed, display)
-            if auditing.level == "full":
-                display.say(f"audit: every check on {min(auditing.sample, len(data.test))} images")
-            for (run_id, point), outcomes in zip(group.items(), curve, strict=True):
-                tried = audit_attack(
-                    oracle,
-                    ready,
-                    data.test,
-                    point.threat,
-                    config=auditing,
-                    judging=judging,
-                    batch_size=outcomes.batch_size,
-                    sources={"the bare network": trained.model} if defense.faced else {},
-                )
-                records[run_id] = make_record(
-                    run_id=run_id,
-                    settings=point.settings(settings),
-                    labels=name_row(config, settings, choices, data, defense, point.threat),
-                    data=data,
-                    threat=point.threat,
-                    trained=trained,
-                    outcomes=outcomes,
-                    report=ready.report(point.threat),
-                    preparation=preparation,
-                    averaged=None if averaged is None else asdict(averaged),
-                    calibration=describe_detection(victim),
-                    judging=judging,
-                    certified=certified,
-                    learned=defense.learned,
-                    checks=[*checks, *tried],
-                    device=device,
-                )
-                store.add(records[run_id], outcomes.examples)
+            for record, examples in measure(bench, attack, group):
+                records[record["run_id"]] = record
+                store.add(record, examples)
     leaderboard = write_leaderboard(store)
     finished = [records[run_id] for run_id in run_ids]
     show(finished, display.output, leaderboard=leaderboard, recorded=recorded)
@@ -187,16 +127,43 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
     return finished
 
 
-def face(
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A defended model and everything that its attacks, under any threat model, have in common."""
+
+    config: DictConfig
+    settings: Mapping[str, Any]
+    choices: Choices
+    workshop: Workshop
+    trained: Trained
+    defense: Defense  # with what it has learned
+    victim: Model
+    faced: Model  # by the attack: the victim, or the bare network
+    faced_is_random: bool
+    judging: Judging
+    auditing: Audit
+    certified: Mapping[str, Any] | None
+    display: Display
+
+    @property
+    def random(self) -> bool:
+        """Whether forward passes of the victim, or of what is attacked, differ."""
+        return self.faced_is_random or self.judging.randomized
+
+
+def set_up(
+    config: DictConfig,
     settings: Mapping[str, Any],
-    data: Dataset,
-    defense: Defense,
-    victim: Model,
+    choices: Choices,
+    workshop: Workshop,
     trained: Trained,
-    threat: ThreatModel,
-    auditing: Audit,
-) -> tuple[Oracle, Judging]:
-    """Whom the attack faces, and how the judge looks at the victim."""
+    defense: Defense,
+    display: Display,
+) -> Bench:
+    """Put the defense on, see whom the attack faces, and what the defense proves."""
+    data, auditing = workshop.data, build(config.audit)
+    victim = defense.apply(trained.model)
+    faced = trained.model if settings["awareness"] == "oblivious" else victim
 
     def draws(model: Model) -> bool:
         # Seen, not only declared: a network of the user's own may be random without saying so.
@@ -205,15 +172,96 @@ def face(
 
     with exact():
         judged = draws(victim)
-        faced = trained.model if settings["awareness"] == "oblivious" else victim
-        randomized = judged if faced is victim else draws(faced)
-    return Oracle(faced, threat, data.num_classes, randomized=randomized), Judging(
+        faced_is_random = judged if faced is victim else draws(faced)
+    return Bench(
+        config=config,
+        settings=settings,
+        choices=choices,
+        workshop=workshop,
+        trained=trained,
+        defense=defense,
         victim=victim,
-        draws=settings["judge_draws"] if judged else 1,
-        seed=settings["seed"],
-        reseed=defense.reseeder(victim),
-        randomized=judged,
+        faced=faced,
+        faced_is_random=faced_is_random,
+        judging=Judging(
+            victim=victim,
+            draws=settings["judge_draws"] if judged else 1,
+            seed=settings["seed"],
+            reseed=defense.reseeder(victim),
+            randomized=judged,
+        ),
+        auditing=auditing,
+        certified=prove(defense, victim, data, config, display),
+        display=display,
     )
+
+
+def measure(
+    bench: Bench, attack: Attack, points: Mapping[str, Point]
+) -> Iterator[tuple[Record, PerExample]]:
+    """Attack, judge, audit: a record for each point, by its run id, and what befell each image."""
+    config, settings, display = bench.config, bench.settings, bench.display
+    data, judging, auditing = bench.workshop.data, bench.judging, bench.auditing
+    threats = [point.threat for point in points.values()]
+    oracle = Oracle(bench.faced, threats[0], data.num_classes, randomized=bench.faced_is_random)
+    attack, averaged = settle_draws(attack, settings, build(config.eot), oracle, judging, data)
+    if isinstance(attack, Transfer):
+        attack = equip(attack, settings, bench.workshop, bench.trained, display)
+    with exact():
+        checks = audit_victim(
+            bench.victim,
+            data,
+            attack,
+            config=auditing,
+            awareness=settings["awareness"],
+            at_most=config.batch_size,
+        )
+        attack = attack.fit(oracle, data.validation, threats[-1])
+    checks.append(audit_samples(averaged))
+    preparation = {"forward": oracle.forward_passes, "backward": oracle.backward_passes}
+    with display.evaluation(bench.choices.chosen["attack"], len(data.test)) as progress:
+        curve = evaluate_curve(
+            oracle,
+            attack,
+            data.test,
+            [threat.epsilon for threat in threats],
+            batch_size=config.batch_size,
+            judging=judging,
+            progress=progress,
+            say=display.say,
+        )
+    if auditing.level == "full":
+        display.say(f"audit: every check on {min(auditing.sample, len(data.test))} images")
+    for (run_id, point), outcomes in zip(points.items(), curve, strict=True):
+        tried = audit_attack(
+            oracle,
+            attack,
+            data.test,
+            point.threat,
+            config=auditing,
+            judging=judging,
+            batch_size=outcomes.batch_size,
+            sources={"the bare network": bench.trained.model} if bench.defense.faced else {},
+        )
+        record = make_record(
+            run_id=run_id,
+            settings=point.settings(settings),
+            labels=name_row(bench, point.threat),
+            data=data,
+            threat=point.threat,
+            trained=bench.trained,
+            outcomes=outcomes,
+            report=attack.report(point.threat),
+            preparation=preparation,
+            averaged=None if averaged is None else asdict(averaged),
+            calibration=describe_detection(bench.victim),
+            judging=judging,
+            certified=bench.certified,
+            learned=bench.defense.learned,
+            checks=[*checks, *tried],
+            device=bench.workshop.device,
+        )
+        yield record, outcomes.examples
 
 
 def settle_draws(
@@ -240,26 +288,20 @@ def settle_draws(
 
 
 def prove(
-    defense: Defense, victim: Model, data: Dataset, threat: ThreatModel, seed: int, display: Display
+    defense: Defense, victim: Model, data: Dataset, config: DictConfig, display: Display
 ) -> Mapping[str, Any] | None:
     """What the defense certifies, which is about l2 and shown beside attacks under l2 only."""
-    if threat.norm != "l2":
+    if config.threat.norm != "l2":
         return None
     images = min(defense.certified_images or len(data.test), len(data.test))
     bar = display.evaluation("certificate", images, accuracy="certified")
     with bar as progress, exact():
-        return defense.certify(victim, data.test, seed=seed, progress=progress)
+        return defense.certify(victim, data.test, seed=config.seed, progress=progress)
 
 
-def name_row(
-    config: DictConfig,
-    settings: Mapping[str, Any],
-    choices: Choices,
-    data: Dataset,
-    defense: Defense,
-    threat: ThreatModel,
-) -> dict[str, Any]:
+def name_row(bench: Bench, threat: ThreatModel) -> dict[str, Any]:
     """The names under which the run appears in tables, see `results.leaderboard.ROW`."""
+    config, choices, defense = bench.config, bench.choices, bench.defense
 
     def named(group: str, choice: str) -> str:
         return choice_label(config, group, choice, choices.folders)
@@ -272,7 +314,7 @@ def name_row(
         model, train = f"{model}-{file.stem}-{file_sha256(file)[:8]}", "checkpoint"
     defenses = [named("defense", name) for name in defense.names]
     return {
-        "dataset": data.name,
+        "dataset": bench.workshop.data.name,
         "model": model,
         "train": train,
         "defense": "+".join(defenses) or defense.name,
@@ -280,5 +322,5 @@ def name_row(
         "norm": threat.norm,
         "epsilon": threat.epsilon,
         "access": threat.access,
-        "awareness": settings["awareness"],
+        "awareness": bench.settings["awareness"],
     }

@@ -306,7 +306,7 @@ def test_no_attack_gets_below_what_is_certified(digits, digit_images):
     train(part.through(network), digits.train.pixels(slice(None)), digits.train.labels, epochs=6)
     victim = part(network)
     majority = part.majority(victim)
-    x, y = digit_images[0][:80], digit_images[1][:80]
+    x, y = digit_images[0][:50], digit_images[1][:50]
     found = majority.certify(x)
     right = torch.tensor([each.prediction for each in found]) == y
     reach = torch.tensor([each.radius for each in found])

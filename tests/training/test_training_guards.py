@@ -79,7 +79,7 @@ def test_real_digits_one_step_training_is_caught_and_proper_training_is_not(tmp_
         torch.manual_seed(0)
         return fit(
             lambda: Normalized(
-                SmallCNN(input_shape=(1, 28, 28), num_classes=10, width=16, hidden=100),
+                SmallCNN(input_shape=(1, 28, 28), num_classes=10, width=8, hidden=50),
                 [0.1307],
                 [0.3081],
                 channels=1,
