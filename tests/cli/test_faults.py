@@ -27,14 +27,14 @@ JOB = (
     "+experiment=smoke",
     "model.width=4",
     "model.hidden=16",
-    "train.epochs=8",
+    "train.epochs=6",
     "train.min_steps=150",
     "dataset.test_size=1000",
     "defense=adversarial_training",
 )
 STAGES = ("start", "training", "attack")
 BRIEF = ("train.epochs=2", "train.min_steps=1")
-LONG = ("attack.restarts=8", "attack.steps=60")
+LONG = ("attack.restarts=4", "attack.steps=60")
 OLDER = ("attack=fgsm", "train.epochs=1", "train.min_steps=1")
 
 
