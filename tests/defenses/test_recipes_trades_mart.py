@@ -53,14 +53,19 @@ def step(recipe, model, x, y):
     return recipe.loss(model, Step(x, y, criterion=F.cross_entropy, progress=0.5, number=1, seed=0))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_trades_is_cross_entropy_and_beta_times_the_divergence(channels):
+def stepped(recipe, channels):
+    """The network, its labels, the loss of a step on `Fixed` images, and both predictions."""
     model, x, y = make(channels)
-    recipe = Trades(beta=2.5, attack=Fixed(), threat=LINF, epsilon_ramp=0.0)
     found, logits = step(recipe, model, x, y)
     x_adv = (x + 0.1).clamp(0, 1)
     assert torch.equal(logits, model(x_adv))
-    p, q = model(x).softmax(1), model(x_adv).softmax(1)
+    return model, y, found, model(x).softmax(1), model(x_adv).softmax(1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_trades_is_cross_entropy_and_beta_times_the_divergence(channels):
+    recipe = Trades(beta=2.5, attack=Fixed(), threat=LINF, epsilon_ramp=0.0)
+    model, y, found, p, q = stepped(recipe, channels)
     expected = torch.zeros(())
     for i in range(8):
         expected = expected - p[i, y[i]].log() / 8
@@ -71,12 +76,8 @@ def test_trades_is_cross_entropy_and_beta_times_the_divergence(channels):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_mart_is_the_loss_of_the_paper(channels):
-    model, x, y = make(channels)
     recipe = Mart(weight=5.0, attack=Fixed(), threat=LINF, epsilon_ramp=0.0)
-    found, logits = step(recipe, model, x, y)
-    x_adv = (x + 0.1).clamp(0, 1)
-    assert torch.equal(logits, model(x_adv))
-    p, q = model(x).softmax(1), model(x_adv).softmax(1)
+    model, y, found, p, q = stepped(recipe, channels)
     expected = torch.zeros(())
     for i in range(8):
         wrong = max(q[i, k] for k in range(4) if k != y[i])
