@@ -1,5 +1,6 @@
 """Progress and sentences on the way; the result itself is `results.report`."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -7,12 +8,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+WIDE = 160
+"""Columns of a file or a pipe, where no terminal says how many it has."""
+
+
+def output() -> Console:
+    """Standard output. Tables in a log are not cut to the 80 columns of no terminal."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = max(console.width, WIDE)
+    return console
+
 
 class Display:
     """Tables go to standard output, progress and warnings to standard error."""
 
     def __init__(self) -> None:
-        self.output = Console(width=None)
+        self.output = output()
         self.errors = Console(stderr=True)
 
     def say(self, sentence: str) -> None:

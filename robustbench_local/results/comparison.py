@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from robustbench_local.display import output
 from robustbench_local.files import atomic_path
 from robustbench_local.identity import content_id
 from robustbench_local.results.leaderboard import starred, victim_of, worst_case
+from robustbench_local.results.report import radius_in_words
 from robustbench_local.results.statistics import wilson
 from robustbench_local.results.store import Record, Store
 
@@ -34,7 +36,7 @@ def compare(records: Sequence[Record], folder: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with store.lock(), atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
-    _show(table, Console(), path)
+    _show(table, output(), path)
     return path
 
 
@@ -130,7 +132,10 @@ def _show(table: pd.DataFrame, console: Console, path: Path) -> None:
         shown.add_column(escape(name.replace("_", " ")), justify="right")
     both = bool((table["awareness"] == "oblivious").any())
     for _, victim in table.groupby([*VICTIM, *MEASURED_ON], sort=False):
-        cells = [escape(str(victim.iloc[0][key])) for key in told]
+        first = victim.iloc[0]
+        names = {key: str(first[key]) for key in told}
+        names |= {key: _breakable(names[key]) for key in told if key in VICTIM}
+        cells = [escape(name) for name in names.values()]
         cells.append(f"{100 * victim['clean'].iloc[0]:.1f}")
         for _, column in columns.iterrows():
             same = (victim[heads] == column).all(axis=1)
@@ -149,6 +154,11 @@ def _show(table: pd.DataFrame, console: Console, path: Path) -> None:
     )
 
 
+def _breakable(name: str) -> str:
+    """A name that a narrow terminal breaks between its words."""
+    return name.replace("+", " + ").replace("_", " ")
+
+
 def _telling(table: pd.DataFrame) -> list[str]:
     """The keys that tell the rows apart."""
     rows = table.drop_duplicates([*VICTIM, *MEASURED_ON])
@@ -162,7 +172,7 @@ def _threat(column: pd.Series, table: pd.DataFrame) -> list[str]:
     """What a heading has to say of the threat model: what is not the same everywhere."""
     words = []
     if len(table[["norm", "epsilon"]].drop_duplicates()) > 1:
-        words += [str(column["norm"]), f"{column['epsilon']:.3g}"]
+        words += [str(column["norm"]), radius_in_words(column["epsilon"])]
     if table["access"].nunique() > 1:
         words.append(str(column["access"]))
     if table["query_budget"].nunique() > 1:

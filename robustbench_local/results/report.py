@@ -18,7 +18,7 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
     `recorded` of the records were there before.
     """
     labels = records[0]["labels"]
-    radii = " ".join(f"{record['config']['threat']['epsilon']:.4g}" for record in records)
+    radii = " ".join(_epsilon(record) for record in records)
     title = (
         f"{labels['dataset']}: {labels['model']}, defense {labels['defense']}, "
         f"{labels['norm']} {radii}"
@@ -41,7 +41,7 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
             f"{seconds['attack']:.1f}",
         ]
         if len(records) > 1:
-            cells.insert(0, f"{record['config']['threat']['epsilon']:.4g}")
+            cells.insert(0, _epsilon(record))
         table.add_row(escape(record["labels"]["attack"]), *cells)
     console.print(table)
     _show_certificate(records[0], console)
@@ -77,10 +77,22 @@ def _show_certificate(record: Record, console: Console) -> None:
     console.print(table)
 
 
+def radius_in_words(epsilon: float) -> str:
+    """A radius as people write it: 0.3, 0.5, and 8/255 where it is so many levels of a byte."""
+    levels = round(255 * epsilon)
+    if float(f"{epsilon:.4g}") != epsilon and abs(levels - 255 * epsilon) < 1e-6:
+        return f"{levels}/255"
+    return f"{epsilon:.4g}"
+
+
+def _epsilon(record: Record) -> str:
+    return radius_in_words(record["config"]["threat"]["epsilon"])
+
+
 def _show_parts(record: Record, console: Console, *, several: bool) -> None:
     """What an attack reports beside accuracies: the parts of a cascade, or single figures."""
     report = dict(record["attack_report"])
-    at = f", epsilon {record['config']['threat']['epsilon']:.4g}" if several else ""
+    at = f", epsilon {_epsilon(record)}" if several else ""
     parts = report.pop("parts", None)
     if parts:
         heading = f"{record['labels']['attack']}, part by part, each on the survivors{at}"
@@ -136,7 +148,7 @@ def _show_audit(record: Record, console: Console, *, several: bool) -> None:
     audit = record.get("audit", {"level": "cheap"})  # older records have none
     if audit["level"] != "full":
         return
-    at = f", epsilon {record['config']['threat']['epsilon']:.4g}" if several else ""
+    at = f", epsilon {_epsilon(record)}" if several else ""
     title = escape(f"audit of {record['labels']['attack']}{at}")
     table = Table(title=title, title_justify="left")
     table.add_column("check", no_wrap=True)

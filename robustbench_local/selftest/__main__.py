@@ -89,10 +89,10 @@ def own_attack(words: Sequence[str]) -> list[str]:
 def _try(config: "DictConfig") -> int:
     # Imported here: --help must not wait for torch.
     from omegaconf import OmegaConf
-    from rich.console import Console
 
     from robustbench_local.attacks import Attack
     from robustbench_local.building import build, build_attack
+    from robustbench_local.display import output
     from robustbench_local.selftest.run import selftest
 
     settings: dict[str, object] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
@@ -107,7 +107,7 @@ def _try(config: "DictConfig") -> int:
         return attack
 
     outcomes = list(selftest(make, build(config.threat)))
-    _show(outcomes, config, Console())
+    _show(outcomes, config, output())
     failed = any(outcome.verdict == "FAIL" for outcome in outcomes)
     passed = any(outcome.verdict == "pass" for outcome in outcomes)
     return 0 if passed and not failed else 1

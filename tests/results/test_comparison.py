@@ -86,6 +86,20 @@ def shown(store, records):
     return [[cell.strip() for cell in row[1:-1]] for row in rows], text
 
 
+def test_long_names_break_between_words_and_radii_read_as_written(store):
+    records = [
+        written(store, "a", [1, 1], defense="adversarial_training+noise_fusion", attack="pgd"),
+        written(store, "b", [1, 0], defense="none", attack="pgd"),
+        written(store, "c", [1, 0], defense="none", attack="square", epsilon=8 / 255),
+    ]
+    console = Console(width=100, record=True, file=StringIO())
+    _show(tabulate(store, records), console, store.folder / "x.csv")
+    text = console.export_text()
+    cells = [line.split("│")[1] for line in text.splitlines() if "│" in line]
+    assert " ".join(cells).split() == ["adversarial", "training", "+", "noise", "fusion", "none"]
+    assert "8/255" in text and "0.0314" not in text
+
+
 def test_a_worst_case_carries_the_doubts_of_its_attacks(store):
     """But not that an attack was oblivious, which the column says."""
     records = [

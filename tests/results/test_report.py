@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from robustbench_local.display import output
 from robustbench_local.evaluation.audit import COSTLY, SEVERE
 from robustbench_local.results import Store
-from robustbench_local.results.report import doubts, show
+from robustbench_local.results.report import doubts, radius_in_words, show
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +39,22 @@ def test_notes_mark_what_withholds_the_rank(record):
     assert sum(line.startswith("* a severe flag") for line in told) == 1
     assert not any("*" in line for line in notes(mild))
     assert doubts({**record, "flags": [severe]})[-1] == "zero_gradient*: so it is"
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "words"),
+    [(8 / 255, "8/255"), (0.3, "0.3"), (0.2, "0.2"), (1, "1"), (0.5, "0.5"), (0.0, "0"),
+     (1.234567, "1.235"), (0.0313, "0.0313"), (1 / 255, "1/255")],
+)  # fmt: skip
+def test_a_radius_reads_as_people_write_it(epsilon, words):
+    assert radius_in_words(epsilon) == words
+
+
+def test_a_table_in_a_log_is_not_cut_to_a_terminal_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert output().width == 160
+    monkeypatch.setenv("COLUMNS", "100")
+    assert output().width == 100
 
 
 def test_readme_has_every_flag_and_marks_the_severe_ones():
