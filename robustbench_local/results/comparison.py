@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
@@ -46,7 +47,7 @@ def tabulate(store: Store, records: Sequence[Record]) -> pd.DataFrame:
     Columns: those of `VICTIM`, `MEASURED_ON` and `THREAT`, `attack`, `awareness`, `clean`, `robust`
     with its 95% Wilson limits `low` and `high`, `n`, `judge_draws`, `eot_samples` (draws averaged
     by the attack; empty where it averages none), `flags` (a star marks severe ones), how many of
-    them are `severe` (other than `oblivious`, which says nothing new here) and `run_id`.
+    them are `severe` (other than what `oblivious` attacks bring with them) and `run_id`.
 
     The worst case (attack `worst_case`, awareness `any`) is taken per example over all attacks on
     the victim under the threat model, knowing of the defense or not, and then averaged; see
@@ -61,6 +62,10 @@ def tabulate(store: Store, records: Sequence[Record]) -> pd.DataFrame:
         lines += [{**common, **_line(record)} for record in group]
         lines.append({**common, **_worst(store, group)})
     return pd.DataFrame(lines)
+
+
+# What the column says already: who ignores a defense ignores its randomness too.
+_KNOWN = {"oblivious": {"oblivious", "randomized"}, "adaptive": set[str]()}
 
 
 def _terms(record: Record) -> dict[str, object]:
@@ -96,8 +101,13 @@ def _line(record: Record) -> dict[str, Any]:
 
 def _doubts(records: Sequence[Record]) -> dict[str, object]:
     flags = [flag for record in records for flag in record["flags"]]
-    severe = {flag["name"] for flag in flags if flag["severe"]}
-    return {"flags": starred(flags), "severe": len(severe - {"oblivious"})}
+    doubted = {
+        flag["name"]
+        for record in records
+        for flag in record["flags"]
+        if flag["severe"] and flag["name"] not in _KNOWN[record["labels"]["awareness"]]
+    }
+    return {"flags": starred(flags), "severe": len(doubted)}
 
 
 def _worst(store: Store, records: Sequence[Record]) -> dict[str, Any]:
@@ -142,13 +152,13 @@ def _show(table: pd.DataFrame, console: Console, path: Path) -> None:
             cells.append(_cell(victim[same], both=both))
         shown.add_row(*cells)
     console.print(shown)
-    widest = float((table["high"] - table["low"]).max()) / 2
+    farthest = np.maximum(table["high"] - table["robust"], table["robust"] - table["low"]).max()
     n = " or ".join(str(count) for count in sorted(table["n"].unique()))
     reading = "each cell: attack that ignores the defense / that knows it; " if both else ""
     if table.duplicated([*VICTIM, *MEASURED_ON, *heads, "awareness"]).any():
         reading += "several figures: runs that differ in what no name says, in order of the sweep; "
     console.print(
-        f"{reading}n = {n}, 95% intervals at most +-{100 * widest:.1f} points; * a severe flag: "
+        f"{reading}n = {n}, 95% limits at most {100 * farthest:.1f} points away; * a severe flag: "
         f"see {escape(str(path))}",
         soft_wrap=True,
     )

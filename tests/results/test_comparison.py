@@ -100,6 +100,17 @@ def test_long_names_break_between_words_and_radii_read_as_written(store):
     assert "8/255" in text and "0.0314" not in text
 
 
+def test_the_limits_told_are_the_farthest_from_any_figure(store):
+    """Wilson's interval of 0 of 4 reaches from 0 to 0.49, and none of 2 of 4 so far."""
+    records = [
+        written(store, "a", [0, 0, 0, 0], defense="none", attack="pgd"),
+        written(store, "b", [1, 1, 0, 0], defense="none", attack="fgsm"),
+    ]
+    _, text = shown(store, records)
+    assert f"95% limits at most {100 * wilson(0, 4).high:.1f} points away" in text
+    assert wilson(0, 4).high > wilson(2, 4).high - 0.5
+
+
 def test_a_worst_case_carries_the_doubts_of_its_attacks(store):
     """But not that an attack was oblivious, which the column says."""
     records = [
@@ -202,8 +213,8 @@ def test_the_file_holds_every_figure(store):
     none, one = wilson(3, 4), wilson(1, 4)
     expected = [
         ("fgsm", "adaptive", 0.75, *none, 1, "", "", 0, "a"),
-        ("pgd", "oblivious", 1.0, *one, 10, 20.0, "oblivious* randomized*", 1, "b"),
-        ("worst_case", "any", 0.75, *one, 1, "", "oblivious* randomized*", 1, "a b"),
+        ("pgd", "oblivious", 1.0, *one, 10, 20.0, "oblivious* randomized*", 0, "b"),
+        ("worst_case", "any", 0.75, *one, 1, "", "oblivious* randomized*", 0, "a b"),
     ]
     read = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
     assert read == [
