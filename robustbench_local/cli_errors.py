@@ -2,13 +2,18 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from robustbench_local.errors import FoulError, UserError
+
+ADDED = frozenset({"experiment"})
+"""Groups that the main configuration chooses nothing from, so that a choice begins with +."""
 
 EXPECTED = (UserError, FoulError, HydraException, OmegaConfBaseException)
 """What is told in a sentence; anything else is a defect of ours and keeps its traceback."""
@@ -20,17 +25,16 @@ def sentence(error: BaseException, conf: Path) -> str:
         if isinstance(cause, UserError | FoulError):
             return str(cause)
     if isinstance(error, MissingConfigException) and error.options is not None:
-        wanted = str(error.missing_cfg_file)
-        group, _, choice = wanted.rpartition("/")
-        near = difflib.get_close_matches(choice, error.options, 1) or error.options[:1]
-        return (
-            f"{group}={choice} does not exist; expected one of {', '.join(error.options)}: type "
-            f"{group}={near[0] if near else 'CHOICE'}"
-        )
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return _unknown_choice(group, choice, error.options)
     text = " ".join(str(error).split())
+    missing = re.match(r"In '[^']*': Could not load '([^']+)/([^'/]+)'", text)
+    if missing and (conf / missing[1]).is_dir():  # one of a list
+        options = [file.stem for file in (conf / missing[1]).glob("*.yaml")]
+        return _unknown_choice(missing[1], missing[2], options)
     key = re.match(r"Could not override '([^']+)'", text)
     if key:
-        return _unknown_key(key[1], conf)
+        return _unknown_key(key[1], conf, sys.argv[1:])
     causes = [" ".join(str(cause).split()) for cause in _causes(error)]
     root = causes[-1] if causes[-1] not in text else ""
     return f"{text} {root}".strip() + "; type --help for the groups, --cfg job for every key"
@@ -42,25 +46,52 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _unknown_key(key: str, conf: Path) -> str:
+def _unknown_choice(group: str, choice: str, options: Sequence[str]) -> str:
+    options = sorted(options)
+    near = difflib.get_close_matches(choice, options, 1) or options[:1]
+    plus = "+" if group in ADDED else ""
+    return (
+        f"{group}={choice} does not exist; expected one of {', '.join(options)}: type "
+        f"{plus}{group}={near[0] if near else 'CHOICE'}"
+    )
+
+
+def _unknown_key(key: str, conf: Path, words: Sequence[str]) -> str:
+    if key in ADDED:
+        typed = next((word for word in words if word.startswith(f"{key}=")), f"{key}=CHOICE")
+        return f"{key} is a group that nothing is chosen from so far: type +{typed}"
+    config = _compose(conf, words)
+    known = [*map(str, config), *_keys(config)]
+    leaf = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == leaf]
+    near = difflib.get_close_matches(key, same, 1, 0) or difflib.get_close_matches(key, known, 1)
+    typed = f"type {near[0]}=VALUE" if near else "type --cfg job to see them all"
+    # Where keys can be added at all: a network of the user's own, another library's parameters.
+    mapping = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else None
+    new = f", or +{key}=VALUE to add a new one" if isinstance(mapping, DictConfig) else ""
+    expected = "is not a key of the configuration; expected one that --cfg job prints"
+    return f"{key} {expected}: {typed}{new}"
+
+
+def _compose(conf: Path, words: Sequence[str]) -> DictConfig:
+    """The configuration with what `words` choose from groups, or without where that fails."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import DictConfig
 
     GlobalHydra.instance().clear()
+    chosen = [word for word in words if (conf / word.lstrip("+").partition("=")[0]).is_dir()]
     with initialize_config_dir(str(conf), version_base="1.3"):
-        config = compose("config")
+        try:
+            return compose("config", chosen)
+        except HydraException:
+            return compose("config")
 
-    def keys(node: DictConfig, path: str = "") -> Iterator[str]:
-        for name in map(str, node):
+
+def _keys(node: DictConfig, path: str = "") -> Iterator[str]:
+    """The keys that hold a value, with dots."""
+    for name in map(str, node):
+        child = node._get_node(name)
+        if isinstance(child, DictConfig):
+            yield from _keys(child, f"{path}{name}.")
+        else:
             yield f"{path}{name}"
-            child = node._get_node(name)
-            if isinstance(child, DictConfig):
-                yield from keys(child, f"{path}{name}.")
-
-    known = list(keys(config))
-    near = difflib.get_close_matches(key, known, 1, 0.5) or ["KEY"]
-    return (
-        f"{key} is not a key of the configuration; expected one that --cfg job prints: type "
-        f"{near[0]}=VALUE, or +{key}=VALUE to add a new one"
-    )

@@ -236,6 +236,12 @@ def test_a_failing_run_does_not_stop_a_sweep(cli):
 BAD = {
     "attack=pgdd": "attack=pgdd does not exist; expected one of",
     "+experiment=nope": "experiment=nope does not exist",
+    "+experiment=defense": "type +experiment=defenses",
+    "experiment=pgd": "nothing is chosen from so far: type +experiment=pgd",
+    "defense=[trades,detecter]": "trades, tv: type defense=detector",
+    "defense=jpeg quality=3": "prints: type defense.wrap.jpeg.quality=VALUE",
+    "zzz=3": "prints: type --cfg job to see them all",
+    "model.depth=3": "=VALUE, or +model.depth=VALUE to add a new one",
     "treat=mnist_linf": "type threat=VALUE",
     "threat.epsilo=0.1": "type threat.epsilon=VALUE",
     "+attack.restart=2": "expected one of seed, steps, step_size, restarts",
@@ -288,7 +294,8 @@ BAD = {
 @pytest.mark.parametrize("words", BAD)
 def test_bad_input_is_one_sentence_and_writes_nothing(cli, words):
     Path("../taken").write_text("a file in the way")
-    smoke = () if words.startswith(("+experiment", "dataset=")) else ("+experiment=smoke",)
+    alone = words.lstrip("+").startswith(("experiment", "dataset="))
+    smoke = () if alone else ("+experiment=smoke",)
     finished = cli(*smoke, *words.split())
     assert finished.code not in (0, None)
     lines = [line for line in finished.err.splitlines() if line.strip()]
