@@ -27,6 +27,9 @@ MEASURED_ON = ("weights", "test")
 THREAT = ("norm", "epsilon", "access", "query_budget")
 """What attacks have in common that count into one worst case, beside the row."""
 
+# Flags that the column of an awareness says already: an oblivious attack ignores draws, too.
+_KNOWN = {"oblivious": {"oblivious", "randomized"}, "adaptive": set[str]()}
+
 
 def compare(records: Sequence[Record], folder: str) -> Path:
     """Print the table of a sweep, and write it below the results `folder`; returns the file."""
@@ -62,10 +65,6 @@ def tabulate(store: Store, records: Sequence[Record]) -> pd.DataFrame:
         lines += [{**common, **_line(record)} for record in group]
         lines.append({**common, **_worst(store, group)})
     return pd.DataFrame(lines)
-
-
-# What the column says already: who ignores a defense ignores its randomness too.
-_KNOWN = {"oblivious": {"oblivious", "randomized"}, "adaptive": set[str]()}
 
 
 def _terms(record: Record) -> dict[str, object]:
