@@ -327,6 +327,35 @@ class ByHand(Attack):
         return x_adv + torch.nan if self.wrong == "nan" else x_adv
 
 
+@dataclass(frozen=True, kw_only=True)
+class GlobalDraws(PGD):
+    """Starts at a point from torch's global generator: the same for the same batch only."""
+
+    random_start: bool = False
+
+    def run(self, model, x, y, threat):
+        start = threat.project(x + threat.epsilon * (2 * torch.rand_like(x) - 1), x)
+        found = super().run(model, start, y, replace(threat, epsilon=0.1 * threat.epsilon))
+        return threat.project(found, x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(PGD):
+    """Says it needs labels only, and follows the gradient."""
+
+    needs = "labels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peeping(Noise):
+    """Says it needs labels only, and looks at scores: of labels alone the largest is always 1."""
+
+    def run(self, model, x, y, threat):
+        found = super().run(model, x, y, threat)
+        sure = model(found).amax(1) == 1
+        return torch.where(sure.view(-1, 1, 1, 1), x, found)
+
+
 MULTIPLE = LINEAR | {"noise on every pixel"}
 NETWORK = {"a small network", "breaks down at once", "breaks down later"}
 
@@ -339,6 +368,9 @@ NETWORK = {"a small network", "breaks down at once", "breaks down later"}
         (Modest(), {"linear, 2 classes"}, "misses 4 of the 12"),
         (InPlace(), {"a small network"}, "modifies the images it is given"),
         (HalfTheBatch(), MULTIPLE, "misses 4 of the 12"),
+        (GlobalDraws(), {"a small network"}, "depends on the others in the batch"),
+        (Greedy(), {"a small network"}, "says needs = 'labels' and uses more: element 0"),
+        (Peeping(), {"a small network"}, "uses more: with no more than that it finds other"),
         (ByHand(), {"a narrow ridge", "logits times 1000"}, "returned another"),
         (ByHand(wrong="modes"), NETWORK, "train/eval flags"),
         (ByHand(wrong="gradients"), {"a small network", "breaks down later"}, "leaves gradients"),

@@ -48,6 +48,33 @@ def broken_promises(attack: Attack, threat: ThreatModel) -> Iterator[str]:
         silent = _run(attack, model, before.clone(), y, threat)
     if not torch.equal(x_adv, silent):
         yield "under torch.no_grad() the result is another"
+    # Other libraries draw for the whole batch at once, which is known of them.
+    if not attack.foreign:
+        halves = zip(before.chunk(2), y.chunk(2), strict=True)
+        parts = torch.cat([_run(attack, model, *half, threat) for half in halves])
+        if not torch.allclose(parts, x_adv, rtol=0, atol=1e-6):
+            yield (
+                "the result for an image depends on the others in the batch; expected draws from "
+                "robustbench_local.randomness.Draws, not from torch's global generator"
+            )
+    yield from _takes_more(attack, model, before, y, threat, x_adv)
+
+
+def _takes_more(
+    attack: Attack, model: nn.Module, x: Images, y: Labels, threat: ThreatModel, x_adv: Images
+) -> Iterator[str]:
+    """What is wrong where the attack is given no more access than it says it needs."""
+    if attack.needs == threat.access:
+        return
+    granted = replace(threat, access=attack.needs)
+    told = f"it says needs = {attack.needs!r} and uses more"
+    try:
+        same = torch.allclose(_run(attack, model, x, y, granted), x_adv, rtol=0, atol=1e-6)
+    except RuntimeError as error:  # of autograd: there is no graph
+        yield f"{told}: {error}"
+        return
+    if not same:
+        yield f"{told}: with no more than that it finds other images"
 
 
 def after_one_call(attack: Attack, threat: ThreatModel) -> Iterator[str]:
