@@ -214,6 +214,7 @@ def measure(
             attack,
             config=auditing,
             awareness=settings["awareness"],
+            faced_is_random=bench.faced_is_random,
             at_most=config.batch_size,
         )
         attack = attack.fit(oracle, data.validation, threats[-1])

@@ -27,8 +27,8 @@ MEASURED_ON = ("weights", "test")
 THREAT = ("norm", "epsilon", "access", "query_budget")
 """What attacks have in common that count into one worst case, beside the row."""
 
-# Flags that the column of an awareness says already: an oblivious attack ignores draws, too.
-_KNOWN = {"oblivious": {"oblivious", "randomized"}, "adaptive": set[str]()}
+# Flags that the column of an awareness says already.
+_KNOWN = {"oblivious": {"oblivious"}, "adaptive": set[str]()}
 
 
 def compare(records: Sequence[Record], folder: str) -> Path:

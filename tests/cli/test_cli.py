@@ -525,7 +525,9 @@ def test_attacks_that_ignore_a_defense_and_attacks_that_know_it(cli, own_defense
     assert noisy["judge_draws"] == 4
     assert noisy["eot"]["samples"] in (20, 40, 80) and noisy["eot"]["tried"][0]["n"] == 20
     assert noisy["passes_per_attacked_image"]["forward"] >= 40 * noisy["eot"]["samples"]
-    assert by["noisy", "pgd", "oblivious"]["eot"] is None
+    blind = by["noisy", "pgd", "oblivious"]
+    assert blind["eot"] is None
+    assert "randomized" not in {flag["name"] for flag in blind["flags"]}
     table = pd.read_csv(next(Path("results/comparisons").glob("*.csv")))
     assert len(table) == 10 + 3  # runs, and a worst case for each victim
     assert "rounding" in done.out and "worst case" in done.out.replace("\n", " ")

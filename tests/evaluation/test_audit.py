@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional
 
-from robustbench_local.attacks import PGD, AutoAttack, Square, TorchAttacks, Transfer
+from robustbench_local.attacks import PGD, AutoAttack, Noise, Square, TorchAttacks, Transfer
 from robustbench_local.data import Dataset, Split
 from robustbench_local.defenses import Preprocess, Wrapped
 from robustbench_local.errors import UserError
@@ -348,6 +348,24 @@ def test_the_look_leaves_nothing_changed():
 def test_who_ignores_the_defense_is_oblivious():
     (check,) = raised(Victim(), awareness="oblivious").values()
     assert (check.name, check.severe) == ("oblivious", True)
+
+
+@pytest.mark.parametrize(
+    ("attack", "faced", "told"),
+    [
+        (PGD(), True, "one sample of them; type attack.eot_samples=20"),
+        (Noise(), True, "one sample of them; type attack=standard"),
+        (PGD(), False, "what draws is in the defense, not attacked"),
+    ],
+)
+def test_randomness_is_flagged_where_the_attack_faces_it(attack, faced, told):
+    victim = Victim(PLANTED["noisy logits"][1])
+    checks = audit_victim(
+        victim, dataset(), attack, config=Audit(), awareness="oblivious", faced_is_random=faced
+    )
+    (check,) = (check for check in checks if check.name == "randomized")
+    assert check.raised is (True if faced else None)
+    assert check.why.endswith(told)
 
 
 @pytest.mark.parametrize(

@@ -213,8 +213,8 @@ def test_the_file_holds_every_figure(store):
     none, one = wilson(3, 4), wilson(1, 4)
     expected = [
         ("fgsm", "adaptive", 0.75, *none, 1, "", "", 0, "a"),
-        ("pgd", "oblivious", 1.0, *one, 10, 20.0, "oblivious* randomized*", 0, "b"),
-        ("worst_case", "any", 0.75, *one, 1, "", "oblivious* randomized*", 0, "a b"),
+        ("pgd", "oblivious", 1.0, *one, 10, 20.0, "oblivious* randomized*", 1, "b"),
+        ("worst_case", "any", 0.75, *one, 1, "", "oblivious* randomized*", 1, "a b"),
     ]
     read = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
     assert read == [

@@ -29,12 +29,14 @@ def audit_victim(
     *,
     config: Audit,
     awareness: str = "adaptive",
+    faced_is_random: bool = True,
     at_most: int | None = None,
 ) -> list[Check]:
     """Everything that can be said before the attack has run, on `at_most` images.
 
     Where the device has no memory for as many, on as many as it has. A check that breaks down is
-    skipped with what the exception said.
+    skipped with what the exception said. `faced_is_random` says whether what the attack faces may
+    draw random numbers: the bare network of an oblivious attack seldom does.
     """
     x, y = _first(data, config, at_most)
     looks = _fitting(lambda x, y: look_often(victim, x, y, passes=config.passes), x, y)
@@ -43,7 +45,7 @@ def audit_victim(
     return [
         _oblivious(awareness),
         _subset(data, config),
-        _randomized(looks, attack, config),
+        _randomized(looks, attack, config, faced=faced_is_random),
         attempted("gradient_switch", switch),
         _softmax_output(looks.outputs[0, :, : data.num_classes], config),
         attempted("zero_gradient", zero),
@@ -121,7 +123,7 @@ def _subset(data: Dataset, config: Audit) -> Check:
     return found("subset", few, {"n": n, "test_total": total}, why)
 
 
-def _randomized(looks: Looks, attack: Attack, config: Audit) -> Check:
+def _randomized(looks: Looks, attack: Attack, config: Audit, *, faced: bool) -> Check:
     samples = attack.draws_averaged
     measured = {
         "spread": looks.spread,
@@ -135,13 +137,13 @@ def _randomized(looks: Looks, attack: Attack, config: Audit) -> Check:
         return found("randomized", False, measured, f"{config.passes} forward passes agree")
     if isinstance(attack, Transfer):
         return skipped("randomized", f"{differs}, but the attack asks the victim nothing")
+    if not faced:
+        return skipped("randomized", f"{differs}, but what draws is in the defense, not attacked")
     if samples > 1:
         why = f"{differs}; the attack averaged {samples} of them"
         return found("randomized", False, measured, why)
-    why = (
-        f"{differs} and the attack used one sample of them; type attack.eot_samples=20 where the "
-        "attack has it, or attack=standard"
-    )
+    cure = "attack.eot_samples=20" if hasattr(attack, "eot_samples") else "attack=standard"
+    why = f"{differs} and the attack used one sample of them; type {cure}"
     return found("randomized", True, measured, why)
 
 
