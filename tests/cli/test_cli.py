@@ -1,7 +1,9 @@
 """What a user types and what comes back."""
 
 import json
+import re
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from robustbench_local.__main__ import main
+from robustbench_local.selftest.__main__ import main as run_selftest
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -533,6 +538,38 @@ def test_attacks_that_ignore_a_defense_and_attacks_that_know_it(cli, own_defense
     assert "rounding" in done.out and "worst case" in done.out.replace("\n", " ")
     bad = cli(*QUICK, "awareness=blind")
     assert bad.code == 1 and "expected adaptive" in bad.err
+
+
+@pytest.mark.slow
+def test_an_attack_and_a_defense_of_ones_own_as_readme_says(cli, capsys):
+    text = (
+        (ROOT / "README.md").read_text("utf-8").split("### An attack and a defense of your own")[1]
+    )
+    code, attack, defense, commands = re.findall(r"```(?:python|yaml|bash)\n(.*?)```", text, re.S)[
+        :4
+    ]
+    Path("own.py").write_text(code)
+    for group, name, yaml in (("attack", "steps", attack), ("defense", "posterize", defense)):
+        folder = Path("own_conf", group)
+        folder.mkdir(parents=True)
+        (folder / f"{name}.yaml").write_text(yaml)
+    one, sweep, selftest = (shlex.split(line, comments=True)[2:] for line in commands.splitlines())
+    try:
+        for words in (one, sweep):
+            assert words[0] == "robustbench_local"
+            done = cli(*words[1:], *QUICK, "dataset.test_size=60", "train.adversarial_steps=1")
+            assert done.code == 0, done.err
+        names = {(r["labels"]["defense"], r["labels"]["attack"]) for r in records().values()}
+        assert names == {
+            ("posterize", "steps-steps20"), ("posterize", "pgd"), ("posterize", "steps"),
+            ("adversarial_training+posterize", "pgd"), ("adversarial_training+posterize", "steps"),
+        }  # fmt: skip
+        assert selftest[0] == "robustbench_local.selftest"
+        assert run_selftest(selftest[1:]) == 1
+        told = capsys.readouterr().out
+        assert "13 passed, 1 failed, 0 skipped" in told and "returned another" in told
+    finally:
+        sys.modules.pop("own", None)
 
 
 def test_metrics_are_in_the_record(cli):
