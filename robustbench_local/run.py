@@ -42,6 +42,7 @@ from robustbench_local.evaluation import (
     is_random,
     raise_samples,
 )
+from robustbench_local.evaluation.evaluate import now
 from robustbench_local.identity import file_sha256
 from robustbench_local.networks import equip, get_model, make_workshop
 from robustbench_local.oracle import Oracle
@@ -201,12 +202,15 @@ def measure(
 ) -> Iterator[tuple[Record, PerExample]]:
     """Attack, judge, audit: a record for each point, by its run id, and what befell each image."""
     config, settings, display = bench.config, bench.settings, bench.display
-    data, judging, auditing = bench.workshop.data, bench.judging, bench.auditing
+    data, device = bench.workshop.data, bench.workshop.device
+    judging, auditing = bench.judging, bench.auditing
     threats = [point.threat for point in points.values()]
     oracle = Oracle(bench.faced, threats[0], data.num_classes, randomized=bench.faced_is_random)
+    began = now(device)
     attack, averaged = settle_draws(attack, settings, build(config.eot), oracle, judging, data)
     if isinstance(attack, Transfer):
         attack = equip(attack, settings, bench.workshop, bench.trained, display)
+    waited = now(device) - began
     with exact():
         checks = audit_victim(
             bench.victim,
@@ -216,7 +220,9 @@ def measure(
             awareness=settings["awareness"],
             at_most=config.batch_size,
         )
+        began = now(device)
         attack = attack.fit(oracle, data.validation, threats[-1])
+        waited += now(device) - began
     checks.append(audit_samples(averaged))
     preparation = {"forward": oracle.forward_passes, "backward": oracle.backward_passes}
     with display.evaluation(bench.choices.chosen["attack"], len(data.test)) as progress:
@@ -253,13 +259,14 @@ def measure(
             outcomes=outcomes,
             report=attack.report(point.threat),
             preparation=preparation,
+            preparation_seconds=waited,
             averaged=None if averaged is None else asdict(averaged),
             calibration=describe_detection(bench.victim),
             judging=judging,
             certified=bench.certified,
             learned=bench.defense.learned,
             checks=[*checks, *tried],
-            device=bench.workshop.device,
+            device=device,
         )
         yield record, outcomes.examples
 

@@ -224,6 +224,7 @@ def test_a_substitute_reports_its_queries(cli):
         assert record["attack_report"]["held_out_images"] == 180
         assert record["attack_report"]["transfer_epsilon"] == 0.3
         assert record["passes_per_attacked_image"]["forward"] == 0
+        assert record["seconds"]["preparation"] > 0.01  # the training of the substitute
 
 
 def test_a_failing_run_does_not_stop_a_sweep(cli):
