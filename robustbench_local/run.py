@@ -52,6 +52,7 @@ from robustbench_local.results.labels import choice_label
 from robustbench_local.results.record import make_record, run_identity
 from robustbench_local.results.report import show
 from robustbench_local.results.store import check_writable
+from robustbench_local.sweep import SAID
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training import Trained, Workshop
 from robustbench_local.types import Model
@@ -61,7 +62,7 @@ def run_from_hydra(config: DictConfig) -> list[Record]:
     """`run` for a configuration that Hydra composed; its choices give the names of the row."""
     runtime = HydraConfig.get().runtime
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
-    return run(config, Choices(dict(runtime.choices), tuple(folders)))
+    return run(config, Choices(dict(runtime.choices), tuple(folders)), said=SAID)
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ class Choices:
     folders: Sequence[Path]
 
 
-def run(config: DictConfig, choices: Choices) -> list[Record]:
+def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -> list[Record]:
     """Evaluate one defended model under one attack; one record for each `threat.epsilon`.
 
-    What is recorded already is shown from its record unless `config.force`. Raises `UserError`
+    What is recorded already is shown from its record unless `config.force`; notes about the data
+    that are in `said` are not printed again, and the others join them. Raises `UserError`
     before anything is recorded where the configuration, the data, the model or the folders are
     wrong.
     """
@@ -122,7 +124,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
                 store.add(record, examples)
     leaderboard = write_leaderboard(store)
     finished = [records[run_id] for run_id in run_ids]
-    show(finished, display.output, leaderboard=leaderboard, recorded=recorded)
+    show(finished, display.output, leaderboard=leaderboard, recorded=recorded, said=said)
     if len(finished) > 1:
         display.output.print(f"curve: {draw_curve(store, finished)}", soft_wrap=True)
     return finished
