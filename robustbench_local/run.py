@@ -42,6 +42,7 @@ from robustbench_local.evaluation import (
     is_random,
     raise_samples,
 )
+from robustbench_local.evaluation.evaluate import now
 from robustbench_local.identity import file_sha256
 from robustbench_local.networks import equip, get_model, make_workshop
 from robustbench_local.oracle import Oracle
@@ -51,6 +52,7 @@ from robustbench_local.results.labels import choice_label
 from robustbench_local.results.record import make_record, run_identity
 from robustbench_local.results.report import show
 from robustbench_local.results.store import check_writable
+from robustbench_local.sweep import SAID
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training import Trained, Workshop
 from robustbench_local.types import Model
@@ -60,7 +62,7 @@ def run_from_hydra(config: DictConfig) -> list[Record]:
     """`run` for a configuration that Hydra composed; its choices give the names of the row."""
     runtime = HydraConfig.get().runtime
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
-    return run(config, Choices(dict(runtime.choices), tuple(folders)))
+    return run(config, Choices(dict(runtime.choices), tuple(folders)), said=SAID)
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ class Choices:
     folders: Sequence[Path]
 
 
-def run(config: DictConfig, choices: Choices) -> list[Record]:
+def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -> list[Record]:
     """Evaluate one defended model under one attack; one record for each `threat.epsilon`.
 
-    What is recorded already is shown from its record unless `config.force`. Raises `UserError`
+    What is recorded already is shown from its record unless `config.force`; notes about the data
+    that are in `said` are not printed again, and the others join them. Raises `UserError`
     before anything is recorded where the configuration, the data, the model or the folders are
     wrong.
     """
@@ -121,7 +124,7 @@ def run(config: DictConfig, choices: Choices) -> list[Record]:
                 store.add(record, examples)
     leaderboard = write_leaderboard(store)
     finished = [records[run_id] for run_id in run_ids]
-    show(finished, display.output, leaderboard=leaderboard, recorded=recorded)
+    show(finished, display.output, leaderboard=leaderboard, recorded=recorded, said=said)
     if len(finished) > 1:
         display.output.print(f"curve: {draw_curve(store, finished)}", soft_wrap=True)
     return finished
@@ -201,12 +204,15 @@ def measure(
 ) -> Iterator[tuple[Record, PerExample]]:
     """Attack, judge, audit: a record for each point, by its run id, and what befell each image."""
     config, settings, display = bench.config, bench.settings, bench.display
-    data, judging, auditing = bench.workshop.data, bench.judging, bench.auditing
+    data, device = bench.workshop.data, bench.workshop.device
+    judging, auditing = bench.judging, bench.auditing
     threats = [point.threat for point in points.values()]
     oracle = Oracle(bench.faced, threats[0], data.num_classes, randomized=bench.faced_is_random)
+    began = now(device)
     attack, averaged = settle_draws(attack, settings, build(config.eot), oracle, judging, data)
     if isinstance(attack, Transfer):
         attack = equip(attack, settings, bench.workshop, bench.trained, display)
+    waited = now(device) - began
     with exact():
         checks = audit_victim(
             bench.victim,
@@ -217,7 +223,9 @@ def measure(
             faced_is_random=bench.faced_is_random,
             at_most=config.batch_size,
         )
+        began = now(device)
         attack = attack.fit(oracle, data.validation, threats[-1])
+        waited += now(device) - began
     checks.append(audit_samples(averaged))
     preparation = {"forward": oracle.forward_passes, "backward": oracle.backward_passes}
     with display.evaluation(bench.choices.chosen["attack"], len(data.test)) as progress:
@@ -254,13 +262,14 @@ def measure(
             outcomes=outcomes,
             report=attack.report(point.threat),
             preparation=preparation,
+            preparation_seconds=waited,
             averaged=None if averaged is None else asdict(averaged),
             calibration=describe_detection(bench.victim),
             judging=judging,
             certified=bench.certified,
             learned=bench.defense.learned,
             checks=[*checks, *tried],
-            device=bench.workshop.device,
+            device=device,
         )
         yield record, outcomes.examples
 

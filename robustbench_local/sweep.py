@@ -1,5 +1,6 @@
-"""What Hydra calls around a sweep: at its end, one table of all its runs."""
+"""What Hydra calls around the runs: in a sweep a heading for each, and at its end one table."""
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
@@ -8,15 +9,55 @@ if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
 
+SAID: set[str] = set()
+"""Notes that this command has printed: the runs of a sweep need not say them again."""
+
 
 class Compare(Callback):
-    """Collects the records of a sweep's jobs and has them compared.
+    """Says which run of a sweep begins, collects the records and has them compared.
 
     A light file: Hydra imports it also for `--help`.
     """
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
+        self.total: int | None = 1  # None: as many as a sweeper that searches comes to
+        self.fixed: set[str] = set()
+        SAID.clear()
+
+    def on_multirun_start(self, config: "DictConfig", **_: Any) -> None:
+        """Count the runs as Hydra's own sweeper puts them together; another one may search."""
+        if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+            self.total = None
+            return
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        params = config.hydra.sweeper.get("params") or {}
+        words = [f"{key}={value}" for key, value in params.items()]
+        choices: dict[str, int] = {}
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        for override in parser.parse_overrides([*words, *config.hydra.overrides.task]):
+            several = override.is_sweep_override()
+            values = list(override.sweep_string_iterator()) if several else [""]
+            choices[override.get_key_element()] = len(values)  # the last one counts
+        self.total = prod(choices.values())
+        self.fixed = {key for key, values in choices.items() if values == 1}
+
+    def on_job_start(self, config: "DictConfig", **_: Any) -> None:
+        """Head what a run of a sweep prints with its number and what it is given alone."""
+        if self.total == 1:
+            return
+        from rich.markup import escape
+
+        from robustbench_local.display import output
+
+        words = [
+            word for word in config.hydra.overrides.task if word.split("=")[0] not in self.fixed
+        ]
+        of = f" of {self.total}" if self.total else ""
+        heading = f"run {config.hydra.job.num + 1}{of}: {' '.join(words)}"
+        output().print(f"\n{escape(heading)}", style="bold", soft_wrap=True, highlight=False)
 
     def on_job_end(self, config: "DictConfig", job_return: "JobReturn", **_: Any) -> None:
         """Take the records of a job; one that failed has none."""

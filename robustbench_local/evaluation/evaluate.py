@@ -222,12 +222,12 @@ def _attack_batch(
     """Judge, attack what is correct, judge again; one result and cost for each threat model."""
     on_device = rows.to(split.labels.device)
     x, y = split.pixels(on_device), split.labels[on_device]
-    began = _now(x)
+    began = now(x.device)
     clean = _verdict(oracle, threats[0], x, x, y, judging, "clean", rows)
     attacked = clean.correct.any(1)
     with exact():
         wanted, targeted = attack.goal(oracle.victim, x, y)
-    looking = _now(x) - began
+    looking = now(x.device) - began
 
     chosen = attacked.to(x.device)
     found = [x[chosen]] * len(threats)
@@ -243,7 +243,7 @@ def _attack_batch(
 
     results = []
     for threat, x_adv, cost in zip(threats, found, costs, strict=True):
-        began = _now(x)
+        began = now(x.device)
         after = clean
         if attacked.any():
             try:
@@ -276,7 +276,7 @@ def _attack_batch(
             clean_draws=clean.correct[:, :several].numpy(),
             robust_draws=survived[:, :several].numpy(),
         )
-        cost.judge_seconds += _now(x) - began + looking / len(threats)
+        cost.judge_seconds += now(x.device) - began + looking / len(threats)
         results.append(result)
     return results
 
@@ -357,9 +357,9 @@ class _Cost:
 @contextmanager
 def _counted(oracle: Oracle, x: Images, costs: Sequence[_Cost], *, shares: int) -> Iterator[None]:
     """Add what the body asks of the oracle, and its time, to each cost: one of `shares`."""
-    forward, backward, began = oracle.forward_passes, oracle.backward_passes, _now(x)
+    forward, backward, began = oracle.forward_passes, oracle.backward_passes, now(x.device)
     yield
-    seconds = _now(x) - began
+    seconds = now(x.device) - began
     for cost in costs:
         cost.forward += (oracle.forward_passes - forward) / shares
         cost.backward += (oracle.backward_passes - backward) / shares
@@ -412,7 +412,8 @@ def _halve(batch_size: int, images_of: int, say: Callable[[str], None]) -> int:
     return smaller
 
 
-def _now(x: Images) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,7 +15,7 @@ from robustbench_local.display import output
 from robustbench_local.files import atomic_path
 from robustbench_local.identity import content_id
 from robustbench_local.results.leaderboard import starred, victim_of, worst_case
-from robustbench_local.results.report import radius_in_words
+from robustbench_local.results.report import print_title, radius_in_words
 from robustbench_local.results.statistics import wilson
 from robustbench_local.results.store import Record, Store
 
@@ -40,7 +41,9 @@ def compare(records: Sequence[Record], folder: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with store.lock(), atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
-    _show(table, output(), path)
+    console = output()
+    console.print()
+    _show(table, console, path, rejects=any(record.get("detection") for record in records))
     return path
 
 
@@ -125,35 +128,38 @@ def _worst(store: Store, records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _show(table: pd.DataFrame, console: Console, path: Path) -> None:
-    """A row for each victim, a column for each attack: oblivious / adaptive where both ran."""
-    title = ", ".join(str(name) for name in table["dataset"].unique())
-    shown = Table(title=escape(f"{title}: robust accuracy in %"), title_justify="left")
+def _show(table: pd.DataFrame, console: Console, path: Path, *, rejects: bool = False) -> None:
+    """A row for each victim, a column for each attack: oblivious / adaptive where both ran.
+
+    `rejects` says that a victim may reject images. Where the console is too narrow for all columns
+    the table goes on below itself.
+    """
     told = _telling(table)
-    for key in told:
-        shown.add_column(key, overflow="fold")
-    shown.add_column("clean", justify="right")
     heads = [*THREAT, "attack"]
     columns = table[heads].drop_duplicates()
     columns = columns.sort_values("attack", key=lambda name: name == "worst_case", kind="stable")
+    both = bool((table["awareness"] == "oblivious").any())
+    names = [[key] for key in told]
+    figures = [["clean"]]
     for _, column in columns.iterrows():
         name = " ".join([str(column["attack"]), *_threat(column, table)])
-        shown.add_column(escape(name.replace("_", " ")), justify="right")
-    both = bool((table["awareness"] == "oblivious").any())
+        figures.append([name.replace("_", " ")])
     for _, victim in table.groupby([*VICTIM, *MEASURED_ON], sort=False):
         first = victim.iloc[0]
-        names = {key: str(first[key]) for key in told}
-        names |= {key: _breakable(names[key]) for key in told if key in VICTIM}
-        cells = [escape(name) for name in names.values()]
-        cells.append(f"{100 * victim['clean'].iloc[0]:.1f}")
-        for _, column in columns.iterrows():
+        for key, cells in zip(told, names, strict=True):
+            cells.append(_breakable(str(first[key])) if key in VICTIM else str(first[key]))
+        figures[0].append(f"{100 * first['clean']:.1f}")
+        for (_, column), cells in zip(columns.iterrows(), figures[1:], strict=True):
             same = (victim[heads] == column).all(axis=1)
             cells.append(_cell(victim[same], both=both))
-        shown.add_row(*cells)
-    console.print(shown)
+    title = ", ".join(str(name) for name in table["dataset"].unique())
+    print_title(f"{title}: robust accuracy in %", console)
+    _print(names, figures, console)
     farthest = np.maximum(table["high"] - table["robust"], table["robust"] - table["low"]).max()
     n = " or ".join(str(count) for count in sorted(table["n"].unique()))
     reading = "each cell: attack that ignores the defense / that knows it; " if both else ""
+    if rejects:
+        reading += "rejecting an attacked image counts as robust; "
     if table.duplicated([*VICTIM, *MEASURED_ON, *heads, "awareness"]).any():
         reading += "several figures: runs that differ in what no name says, in order of the sweep; "
     console.print(
@@ -161,6 +167,40 @@ def _show(table: pd.DataFrame, console: Console, path: Path) -> None:
         f"see {escape(str(path))}",
         soft_wrap=True,
     )
+
+
+def _print(
+    names: Sequence[Sequence[str]], figures: Sequence[Sequence[str]], console: Console
+) -> None:
+    """A table of columns, headings first; the `names` again before figures that find no room.
+
+    Names and headings are broken between words, figures not at all: rich would cut both.
+    """
+    room = console.width - 1 - sum(_width(" ".join(column).split()) for column in names)
+    while figures:
+        narrow = [_width([*heading.split(), *cells]) for heading, *cells in figures]
+        fitting = max(1, int((np.cumsum(narrow) <= room).sum()))
+        columns = [*names, *figures[:fitting]]
+        tight = sum(map(_width, columns)) >= console.width
+        shown = Table()
+        for name in names:
+            shown.add_column(escape(name[0]), overflow="fold")
+        for figure, width in zip(figures[:fitting], narrow, strict=False):
+            inside = width - _BORDER if tight else None
+            shown.add_column(escape(figure[0]), justify="right", width=inside)
+        for row in list(zip(*columns, strict=True))[1:]:
+            shown.add_row(*map(escape, row))
+        console.print(shown)
+        figures = figures[fitting:]
+
+
+_BORDER = 3
+"""What a column takes beside its cells: a line, and a blank on each side of them."""
+
+
+def _width(texts: Sequence[str]) -> int:
+    """Of a column that breaks none of the texts."""
+    return max(map(cell_len, texts)) + _BORDER
 
 
 def _breakable(name: str) -> str:

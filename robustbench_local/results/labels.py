@@ -7,13 +7,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 _UNNAMED = frozenset({"checkpoint"})  # named by its content, see `run.name_row`
 
+_ANY_OF_A_LIBRARY = frozenset({"art", "art_detector", "torchattacks"})
+"""Choices of which the key `name` says what they are: that is named even where nothing changed."""
+
 
 def choice_label(config: DictConfig, group: str, choice: str, folders: Iterable[Path]) -> str:
     """The name of a choice, followed by every key that differs from its own file.
 
     `config` is the whole composed configuration; `folders` are the configuration folders, searched
     in turn for `<group>/<choice>.yaml`. A key that the file takes from elsewhere (`${...}`) differs
-    only where it was overridden itself. Of several defenses each names its own keys.
+    only where it was overridden itself. Of several defenses each names its own keys. What
+    stands for a whole library is named with what was taken from it: `art-SpatialSmoothing`.
     """
     files = (folder / group / f"{choice}.yaml" for folder in folders)
     file = next((file for file in files if file.exists()), None)
@@ -27,7 +31,7 @@ def choice_label(config: DictConfig, group: str, choice: str, folders: Iterable[
         dict(_leaves(OmegaConf.to_container(root[group], resolve=True)))
         for root in (untouched, config)
     )
-    changes = []
+    taken, changes = [], []
     for path in sorted(written.keys() | given.keys()):
         value = given.get(path, "-")
         parts = path.split(".")
@@ -35,13 +39,16 @@ def choice_label(config: DictConfig, group: str, choice: str, folders: Iterable[
             if parts[1:2] != [choice]:
                 continue
             parts = parts[2:]
+        if parts == ["name"] and choice in _ANY_OF_A_LIBRARY:
+            taken.append(str(value))
+            continue
         if parts[-1] in _UNNAMED or str(written.get(path)) == str(value):
             continue
         short = (
             str(value).split(".")[-1] if parts[-1] == "_target_" else ".".join(parts) + str(value)
         )
         changes.append(short.replace(" ", ""))
-    return "-".join([choice, *changes])
+    return "-".join([choice, *taken, *changes])
 
 
 def _leaves(node: object, path: str = "") -> Iterator[tuple[str, object]]:

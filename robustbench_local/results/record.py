@@ -102,6 +102,7 @@ def make_record(
     outcomes: Outcomes,
     report: Mapping[str, Any],
     preparation: Mapping[str, int],
+    preparation_seconds: float,
     averaged: Mapping[str, Any] | None,
     calibration: Mapping[str, Any] | None,
     judging: Judging,
@@ -155,6 +156,7 @@ def make_record(
         "attack_report": dict(report),
         "seconds": {
             "training": trained.seconds,
+            "preparation": preparation_seconds,
             "attack": outcomes.attack_seconds,
             "judge": outcomes.judge_seconds,
         },

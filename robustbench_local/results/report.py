@@ -8,22 +8,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from robustbench_local.results.leaderboard import starred
+from robustbench_local.results.leaderboard import RANKING_ATTACKS, starred
 from robustbench_local.results.store import Record
 
 
-def show(records: Sequence[Record], console: Console, *, leaderboard: Path, recorded: int) -> None:
+def show(
+    records: Sequence[Record],
+    console: Console,
+    *,
+    leaderboard: Path,
+    recorded: int,
+    said: set[str] | None = None,
+) -> None:
     """Print the finished run as a table, a line for each epsilon, and its doubts below it.
 
-    `recorded` of the records were there before.
+    `recorded` of the records were there before. Notes that every run of a sweep has are left out
+    where they are `said` already, and join that set.
     """
+    said = set() if said is None else said
     labels = records[0]["labels"]
     radii = " ".join(_epsilon(record) for record in records)
     title = (
         f"{labels['dataset']}: {labels['model']}, defense {labels['defense']}, "
         f"{labels['norm']} {radii}"
     )
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    if records[0].get("detection"):
+        title += "; rejecting an attacked image counts as robust"
+    table = Table()
     table.add_column("attack", overflow="fold")
     headings = ["clean", "robust", "95% interval", "n", "train s", "attack s"]
     if len(records) > 1:
@@ -43,13 +54,18 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
         if len(records) > 1:
             cells.insert(0, _epsilon(record))
         table.add_row(escape(record["labels"]["attack"]), *cells)
+    print_title(title, console)
     console.print(table)
+    _show_preparation(records, console)
     _show_certificate(records[0], console)
     for record in records:
         _show_parts(record, console, several=len(records) > 1)
         _show_audit(record, console, several=len(records) > 1)
-    for sentence in dict.fromkeys(sentence for record in records for sentence in doubts(record)):
-        console.print(f"[yellow]note[/yellow] {escape(sentence)}", soft_wrap=True)
+    notes = [note for record in records for note in (*doubts(record), *_provisional(record))]
+    for sentence in dict.fromkeys(notes):
+        if sentence not in said:
+            console.print(f"[yellow]note[/yellow] {escape(sentence)}", soft_wrap=True)
+    said.update(note for record in records for note in _common(record))
     if any(flag["severe"] for record in records for flag in record["flags"]):
         console.print("* a severe flag: it withholds the rank", soft_wrap=True)
     state = "recorded" if recorded == 0 else f"{recorded} of {len(records)} recorded before"
@@ -57,6 +73,23 @@ def show(records: Sequence[Record], console: Console, *, leaderboard: Path, reco
         state = "recorded before, not run again (force=true runs it)"
     run_ids = " ".join(record["run_id"] for record in records)
     console.print(f"{state}: run {run_ids}; table: {escape(str(leaderboard))}", soft_wrap=True)
+
+
+def print_title(title: str, console: Console) -> None:
+    """The title of a table, which rich itself would break to the width of a narrow one."""
+    console.print(escape(title), style="bold", soft_wrap=True, highlight=False)
+
+
+def _show_preparation(records: Sequence[Record], console: Console) -> None:
+    """How long a user waited before the first image, where that is to be noticed."""
+    # Radii that were prepared for at once have the very same figure; older records have none.
+    seconds = sum({record["seconds"].get("preparation", 0.0) for record in records})
+    if seconds > 1:
+        console.print(
+            f"preparation: {seconds:.1f} s before the first image (models trained to attack "
+            "through, draws tried), not in attack s",
+            soft_wrap=True,
+        )
 
 
 def _show_certificate(record: Record, console: Console) -> None:
@@ -68,12 +101,13 @@ def _show_certificate(record: Record, console: Console) -> None:
         f"certified accuracy, {proved['norm']}, n {proved['images']}, sigma {proved['sigma']:g}, "
         f"{proved['n']} votes, alpha {proved['alpha']:g}, {proved['abstained']} abstained"
     )
-    table = Table(title=heading, title_justify="left")
+    table = Table()
     for column in ("radius", "certified", "95% interval"):
         table.add_column(column, justify="right", no_wrap=True)
     for radius, share in proved["radii"].items():
         interval = f"{100 * share['low']:.2f} - {100 * share['high']:.2f}"
         table.add_row(radius, _percent(share["value"]), interval)
+    print_title(heading, console)
     console.print(table)
 
 
@@ -96,7 +130,7 @@ def _show_parts(record: Record, console: Console, *, several: bool) -> None:
     parts = report.pop("parts", None)
     if parts:
         heading = f"{record['labels']['attack']}, part by part, each on the survivors{at}"
-        table = Table(title=escape(heading), title_justify="left")
+        table = Table()
         table.add_column("part", overflow="fold")
         for column in ("attacked", "broken", "forward", "backward", "s"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -106,6 +140,7 @@ def _show_parts(record: Record, console: Console, *, several: bool) -> None:
                 *(str(part[key]) for key in ("attacked", "broken", "forward", "backward")),
                 f"{part['seconds']:.1f}",
             )
+        print_title(heading, console)
         console.print(table)
     averaged = record.get("eot")
     if averaged:
@@ -149,14 +184,15 @@ def _show_audit(record: Record, console: Console, *, several: bool) -> None:
     if audit["level"] != "full":
         return
     at = f", epsilon {_epsilon(record)}" if several else ""
-    title = escape(f"audit of {record['labels']['attack']}{at}")
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("check", no_wrap=True)
     table.add_column("flag", no_wrap=True)
     table.add_column("finding", overflow="fold")
     for check in audit["checks"]:
-        flag = {True: "severe" if check["severe"] else "mild", False: "no", None: "-"}
-        table.add_row(check["name"], flag[check["raised"]], escape(check["why"]))
+        raised = "raised, severe*" if check["severe"] else "raised, mild"
+        flag = {True: raised, False: "not raised", None: "not checked"}[check["raised"]]
+        table.add_row(check["name"], flag, escape(check["why"]))
+    print_title(f"audit of {record['labels']['attack']}{at}", console)
     console.print(table)
 
 
@@ -168,13 +204,35 @@ def _plain(value: object) -> str:
     return str(value)
 
 
+def _told(flag: Mapping[str, Any]) -> str:
+    return f"{starred([flag])}: {flag['why']}"
+
+
 def doubts(record: Record) -> list[str]:
     """Every sentence of a record that a reader of its numbers should know; a star: severe."""
-    flags = [f"{starred([flag])}: {flag['why']}" for flag in record["flags"]]
+    flags = [_told(flag) for flag in record["flags"]]
     # The flag `subset` says what the note of the dataset says.
     notes = [note for note in record["dataset"]["notes"] if not note.startswith("subset:")]
     learned = [told for about in record.get("learned", {}).values() for told in about["warnings"]]
     return [*notes, *record["weights"]["warnings"], *learned, *flags]
+
+
+def _common(record: Record) -> list[str]:
+    """Notes that do not tell one run of a sweep from another: about the data, and the rank."""
+    subset = [_told(flag) for flag in record["flags"] if flag["name"] == "subset"]
+    return [*record["dataset"]["notes"], *subset, *_provisional(record)]
+
+
+def _provisional(record: Record) -> list[str]:
+    """That the attack ranks no row of the leaderboard, and which one does if any can."""
+    labels = record["labels"]
+    if labels["attack"] in RANKING_ATTACKS or labels["awareness"] == "oblivious":
+        return []  # the flag of an oblivious attack says more
+    threat = record["config"]["threat"]
+    served = threat["norm"] in ("linf", "l2", "l1") and threat["access"] == "gradients"
+    if served and threat["query_budget"] is None:
+        return ["provisional: this attack alone ranks no row; type attack=standard"]
+    return ["provisional: no attack ranks a row under this threat model"]
 
 
 def _percent(fraction: float) -> str:

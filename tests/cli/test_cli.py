@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from robustbench_local.__main__ import main
 from robustbench_local.selftest.__main__ import main as run_selftest
+from robustbench_local.sweep import Compare
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,6 +160,49 @@ def test_a_sweep_makes_one_line_per_row_and_a_column_per_attack(cli):
     assert (table["worst_case"] <= worst.min(axis=1) + 1e-12).all()
 
 
+def test_runs_of_a_sweep_are_numbered_and_share_what_is_said_of_the_data(cli):
+    words = ("-m", *QUICK, "attack=noise,fgsm", "threat.epsilon=0.1,26/255", "attack.seed=0")
+    for _ in range(2):
+        lines = cli(*words).out.splitlines()
+        assert [line for line in lines if line.startswith("run ") or "#" in line] == [
+            f"run {place} of 4: attack={attack} threat.epsilon={radius}"
+            for place, (attack, radius) in enumerate(
+                [(attack, radius) for attack in ("noise", "fgsm") for radius in ("0.1", "26/255")],
+                1,
+            )
+        ]
+        for said in ("EMBEDDED SUBSET", "note subset", "note provisional"):
+            assert sum(said in line for line in lines) == 1
+        assert lines.index("run 1 of 4: attack=noise threat.epsilon=0.1") < 2
+    assert not any(line.startswith("run ") for line in cli(*QUICK).out.splitlines())
+
+
+def test_a_sweep_that_searches_has_no_total(capsys):
+    """Hydra's other sweepers decide on the way how many runs there are."""
+    compare = Compare()
+    sweeper = {"_target_": "hydra_plugins.search.Sweeper", "params": {"x": "interval(0,1)"}}
+    compare.on_multirun_start(OmegaConf.create({"hydra": {"sweeper": sweeper}}))
+    job = {"job": {"num": 2}, "overrides": {"task": ["x=0.5"]}}
+    compare.on_job_start(OmegaConf.create({"hydra": job}))
+    assert capsys.readouterr().out.strip() == "run 3: x=0.5"
+
+
+def test_a_sweep_of_an_experiment_is_counted_with_what_overrides_it(cli):
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/several.yaml").write_text(
+        "# @package _global_\ndefaults: [smoke]\nhydra:\n  mode: MULTIRUN\n"
+        "  sweeper:\n    params: {attack: 'noise,fgsm,pgd', seed: '0,1'}\n"
+    )
+    words = ("--config-dir", "mine", "+experiment=several", *QUICK[1:], "seed=3")
+
+    def headings(*more):
+        return [line for line in cli(*words, *more).out.splitlines() if line.startswith("run ")]
+
+    assert headings("attack=noise,fgsm") == ["run 1 of 2: attack=noise", "run 2 of 2: attack=fgsm"]
+    assert headings("attack=glob(noi*)") == []  # one run is no sweep
+    assert headings("attack=glob(*gsm)")[1:] == ["run 2 of 2: attack=mi_fgsm"]
+
+
 def test_a_list_of_epsilons_is_a_curve_of_records_and_a_picture(cli):
     finished = cli(*QUICK, "threat.epsilon=[26/255,0,0.3]", "attack=fgsm")
     assert finished.code == 0
@@ -229,6 +274,7 @@ def test_a_substitute_reports_its_queries(cli):
         assert record["attack_report"]["held_out_images"] == 180
         assert record["attack_report"]["transfer_epsilon"] == 0.3
         assert record["passes_per_attacked_image"]["forward"] == 0
+        assert record["seconds"]["preparation"] > 0.01  # the training of the substitute
 
 
 def test_a_failing_run_does_not_stop_a_sweep(cli):

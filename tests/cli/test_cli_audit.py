@@ -45,6 +45,8 @@ def test_every_check_is_recorded_and_shown(cli):
     for name, check in checks.items():
         assert name in out
         assert check["why"][:40] in out
+    for flag in ("raised, mild", "not raised", "not checked"):
+        assert f"│ {flag}" in out
     told = sorted(flag["name"] + "*" * flag["severe"] for flag in raised)
     assert pd.read_csv("results/leaderboard.csv").loc[0, "flags"] == " ".join(told)
 

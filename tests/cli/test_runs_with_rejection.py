@@ -44,6 +44,7 @@ def test_what_is_recorded_and_shown(folder: Path, capsys: pytest.CaptureFixture[
     assert found["validation_rejected"] <= 0.05
     assert np.array(record["metrics"]["clean"]["confusion"]).shape == (10, 11)
     said = " ".join(capsys.readouterr().out.split())
+    assert "linf 0.3; rejecting an attacked image counts as robust" in said
     assert f"rejected: {100 * found['clean_rejected']:.2f}% of the clean images" in said
     assert f"(ROC-AUC {found['attacked_roc_auc']:.3f})" in said
     examples = Store(folder / "results").examples(record["run_id"])

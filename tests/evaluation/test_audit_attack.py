@@ -405,6 +405,18 @@ class Timid(PGD):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lucky(PGD):
+    """Breaks one image of a batch, and none above a radius of 0.1."""
+
+    def run(self, model, x, y, threat):
+        x_adv, found = super().run(model, x, y, threat), x.clone()
+        if threat.epsilon <= 0.1:
+            first = (model(x_adv).argmax(1) != y).nonzero()[:1, 0]
+            found[first] = x_adv[first]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cheating(PGD):
     """Leaves the ball where it is asked for more than 0.1."""
 
@@ -432,6 +444,13 @@ def test_an_attack_that_gets_weaker_with_epsilon(digit_model, split):
     check = audited(digit_model, Timid(), split)["non_monotone_epsilon"]
     assert check.raised
     assert "from epsilon 0.1 to 0.2 robust accuracy rises" in check.why
+    assert "chance" not in check.why
+
+
+def test_a_rise_that_raises_no_flag_says_why(digit_model, split):
+    check = audited(digit_model, Lucky(), split)["non_monotone_epsilon"]
+    assert check.raised is False
+    assert "rises by" in check.why and check.why.endswith("no more than chance may do")
 
 
 def test_a_foul_at_another_radius_is_told_and_ends_nothing(digit_model, split):

@@ -100,6 +100,34 @@ def test_long_names_break_between_words_and_radii_read_as_written(store):
     assert "8/255" in text and "0.0314" not in text
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_in_a_narrow_terminal_a_table_goes_on_below_itself(store, width):
+    attacks = ["fgsm", "pgd", "mi_fgsm", "noise", "square", "substitute-epochs1"]
+    records = [
+        written(store, f"{attack}{radius}{aware[0]}", [1, 1, 1, 0], attack=attack, awareness=aware,
+                defense="adversarial_training+noise_fusion", epsilon=radius)
+        for attack in attacks for radius in (0.1, 8 / 255) for aware in ("oblivious", "adaptive")
+    ]  # fmt: skip
+    console = Console(width=width, record=True, file=StringIO())
+    _show(tabulate(store, records), console, store.folder / "x.csv")
+    lines = console.export_text().splitlines()
+    table = [line for line in lines if line[0] in "┃│┏┡└"]
+    assert max(map(len, table)) <= width and "…" not in "".join(table)
+    assert sum(line[0] == "└" for line in table) > 1
+    figures = " ".join(table).replace("│", " ").split()
+    assert figures.count("75.0") == 2 * 2 * len(attacks) + 2  # and the worst cases
+    for word in ("adversarial", "training", "fusion", "substitute-epochs1", "8/255"):
+        assert word in " ".join(table).replace("┃", " ").replace("│", " ").split()
+
+
+def test_a_table_with_detectors_says_what_counts_as_robust(store, capsys):
+    record = written(store, "a", [1, 0], defense="detector", attack="pgd")
+    compare([record], str(store.folder))
+    assert "rejecting" not in capsys.readouterr().out
+    compare([{**record, "detection": {"clean_rejected": 0.1}}], str(store.folder))
+    assert "rejecting an attacked image counts as robust" in capsys.readouterr().out
+
+
 def test_the_limits_told_are_the_farthest_from_any_figure(store):
     """Wilson's interval of 0 of 4 reaches from 0 to 0.49, and none of 2 of 4 so far."""
     records = [

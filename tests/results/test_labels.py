@@ -46,11 +46,22 @@ from robustbench_local.results.labels import choice_label
         ),
         ("attack", "pgd", ["attack.seed=1"], "pgd-seed1"),
         ("attack", "pgd", ["~attack.best_iterate"], "pgd-best_iterate-"),
+        # Of a whole library the name says nothing, even where no key was changed.
+        ("attack", "torchattacks", ["attack=torchattacks"], "torchattacks-MIFGSM"),
+        ("attack", "hop_skip_jump", ["attack=hop_skip_jump"], "hop_skip_jump"),
+        ("defense", "art", [], "art-JpegCompression"),
+        (
+            "defense",
+            "art",
+            ["defense.wrap.art.name=SpatialSmoothing", "++defense.wrap.art.kwargs.window_size=3"],
+            "art-SpatialSmoothing-kwargs.window_size3",
+        ),
+        ("defense", "art_detector", [], "art_detector-BinaryInputDetector"),
     ],
 )
 def test_label(group, choice, overrides, expected):
     if group == "defense":
-        overrides = ["defense=[adversarial_training,none]", *overrides]
+        overrides = [f"defense=[{choice},none]", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides)
     assert choice_label(config, group, choice, [CONF]) == expected

@@ -132,6 +132,7 @@ def _non_monotone_epsilon(case: Case) -> Check:
         why = (
             f"from epsilon {low:.4g} to {high:.4g} robust accuracy rises by "
             f"{float(worst.sum()):.3g} of {count(len(trials), 'image')}"
+            f"{'' if raised else ', no more than chance may do'}"
         )
     return found(name, raised, measured, why)
 
