@@ -484,6 +484,23 @@ def test_heavy_libraries_are_not_imported_for_help_nor_unused_ones_for_a_run(tmp
         assert finished.stdout.splitlines()[-1].split() == ["LOADED", *expected], finished.stderr
 
 
+@pytest.mark.parametrize("words", [["threat.epsilon=-1"], ["attack=torchattacks", "seed=x"]])
+def test_a_mistake_in_the_configuration_waits_for_no_library_but_torch(tmp_path, words):
+    heavy = ("art", "kornia", "matplotlib", "pandas", "scipy", "sklearn", "torchattacks",
+             "torchvision")  # fmt: skip
+    code = (
+        f"import sys; sys.argv = ['x', *{words}]\n"
+        "from robustbench_local.__main__ import main\n"
+        "try: main()\n"
+        f"finally: print('LOADED', *[name for name in {heavy} if name in sys.modules])"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert finished.stdout == "LOADED\n"
+    assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
+
+
 OWN_DEFENSES = """
 import torch
 from robustbench_local.defenses import Preprocess
