@@ -21,6 +21,23 @@ CONF = next(
 )
 
 
+TAKES_A_WORD = ("--cfg", "--config-dir", "--config-name", "--config-path", "--experimental-rerun",
+                "--package", "-c", "-cd", "-cn", "-cp", "-p")  # fmt: skip
+"""Hydra's options that the word behind them belongs to; `--info` and `-i` may have one."""
+
+
+def options_first(words: list[str]) -> list[str]:
+    """The command line with Hydra's options in front, since it reads none between overrides."""
+    options: list[str] = []
+    overrides: list[str] = []
+    before = ""
+    for word in words:
+        value = before in TAKES_A_WORD or (before in ("--info", "-i") and "=" not in word)
+        (options if value or word.startswith("-") else overrides).append(word)
+        before = "" if value else word
+    return [*options, *overrides]
+
+
 def lifted(words: list[str]) -> list[str]:
     """The command line, with `attack.kwargs.KEY=VALUE` marked as keys that no file needs to list.
 
@@ -36,7 +53,7 @@ def main() -> None:
     # Waiting threads sleep: where another program shares the cores, spinning ones made the small
     # batches of a training 8 times slower. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.argv[1:] = lifted(sys.argv[1:])
+    sys.argv[1:] = options_first(lifted(sys.argv[1:]))
     failures: list[str] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

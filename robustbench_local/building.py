@@ -1,13 +1,14 @@
 """From a configuration to what it names: devices, threat models, attacks, defenses."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from robustbench_local.attacks import Attack
@@ -15,6 +16,7 @@ from robustbench_local.attacks.samples import with_samples
 from robustbench_local.defenses import Defense
 from robustbench_local.display import Display
 from robustbench_local.errors import UserError
+from robustbench_local.own_classes import check_call, check_parts, check_target, is_ours
 from robustbench_local.threat import ThreatModel, parse_epsilon
 
 
@@ -52,7 +54,12 @@ def build_threat(config: DictConfig, epsilon: float) -> ThreatModel:
 def build_attack(settings: Mapping[str, Any], samples: int) -> Attack:
     """The attack of resolved settings, averaging so many draws where `eot_samples` is null."""
     node = OmegaConf.create({"attack": with_samples(settings["attack"], samples)})
-    attack: Attack = build(node.attack)
+    attack: object = build(node.attack)
+    if not isinstance(attack, Attack):
+        raise UserError(
+            f"attack._target_={settings['attack'].get('_target_')} makes no attack but "
+            f"{type(attack).__name__}; derive the class from robustbench_local.attacks.Attack"
+        )
     return attack
 
 
@@ -70,6 +77,24 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             f"awareness={settings['awareness']} is unknown; expected adaptive (the attack faces "
             "the defense) or oblivious (it ignores what is in front of the network)"
         )
+
+
+def check_chosen(overrides: Sequence[str]) -> None:
+    """Raise `UserError` where a defense is named twice: the second would be merged into the first.
+
+    `overrides` are those of the command line, which alone tell what was chosen.
+    """
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        chosen = override.value()
+        if override.key_or_group != "defense" or not isinstance(chosen, list):
+            continue
+        names = list(map(str, chosen))
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(
+                    f"defense=[{','.join(names)}] names {name} twice; expected each once, since "
+                    f"parts are kept by name: type defense=[{','.join(dict.fromkeys(names))}]"
+                )
 
 
 def choose_device(name: str) -> torch.device:
@@ -90,28 +115,39 @@ def choose_device(name: str) -> torch.device:
 
 
 def build(node: DictConfig) -> Any:
-    """Instantiate a group of the configuration; its errors are told as the user's own."""
+    """Instantiate a group of the configuration; its errors are told as the user's own.
+
+    What a class from elsewhere raises in its constructor, but for a `ValueError`, stays what it is.
+    """
     try:
-        return instantiate(node, _convert_="object")
+        built = instantiate(node, _convert_="object")
     except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError | TypeError):
-            cause = cause.__cause__
-        group = str(node._get_full_key(None))
-        found = re.search(r"full_key: (\S+)$", str(error))
-        place = found[1] if found else group
-        inside = place.removeprefix(group).strip(".")
-        failing = OmegaConf.select(node, inside) if inside else node
-        if isinstance(cause, UserError):
-            raise UserError(_as_typed(str(cause), place, failing)) from None
-        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", str(cause))
-        if unknown is None:
-            raise
-        keys = [key for key in map(str, failing) if key not in ("_target_", unknown[2])]
-        raise UserError(
-            f"{place}.{unknown[2]} is not a key of {unknown[1]}; expected one of "
-            f"{', '.join(keys)}: type {place}.KEY=VALUE"
-        ) from None
+        failure = error
+    else:
+        check_parts(built)
+        return built
+    group = str(node._get_full_key(None))
+    found = re.search(r"full_key: (\S+)$", str(failure))
+    place = found[1] if found else group
+    inside = place.removeprefix(group).strip(".")
+    failing = OmegaConf.select(node, inside) if inside else node
+    cause: BaseException | None = failure
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__
+    if cause is not None:
+        raise UserError(_as_typed(str(cause), place, failing)) from None
+    if not isinstance(failing, DictConfig):
+        raise failure
+    name = str(failing._get_node("_target_"))
+    if not str(failure).startswith("Error in call"):
+        check_target(name, place)
+        raise failure
+    target = get_object(name)
+    check_call(target, name, place, [key for key in map(str, failing) if key != "_target_"])
+    theirs = failure.__cause__
+    if theirs is None or isinstance(theirs, ValueError) or is_ours(target):
+        raise failure
+    raise theirs
 
 
 def _as_typed(message: str, place: str, failing: DictConfig) -> str:

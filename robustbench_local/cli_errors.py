@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,11 +27,24 @@ def sentence(error: BaseException, conf: Path) -> str:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return _unknown_choice(group, choice, error.options)
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override)
     text = " ".join(str(error).split())
     missing = re.match(r"In '[^']*': Could not load '([^']+)/([^'/]+)'", text)
     if missing and (conf / missing[1]).is_dir():  # one of a list
         options = [file.stem for file in (conf / missing[1]).glob("*.yaml")]
         return _unknown_choice(missing[1], missing[2], options)
+    several = re.match(r"Ambiguous value for argument '([^=]+)=(.+?)' 1\.", text)
+    if several:
+        name, values = several.groups()
+        # Of most groups one file is chosen, of defenses several.
+        listed = f", or {name}=[{values}] for a list"
+        if (conf / name).is_dir() and name != "defense":
+            listed = ""
+        return (
+            f"{name}={values} has several values; expected one: type -m {name}={values} for a run "
+            f"with each{listed}"
+        )
     key = re.match(r"Could not override '([^']+)'", text)
     if key:
         return _unknown_key(key[1], conf, sys.argv[1:])
@@ -56,21 +69,81 @@ def _unknown_choice(group: str, choice: str, options: Sequence[str]) -> str:
     )
 
 
+def _unreadable(word: str) -> str:
+    key, is_set, value = word.partition("=")
+    if not is_set and re.fullmatch(r"\+*[\w./@]+", word):
+        return f"{word} sets nothing; expected KEY=VALUE: type {word}=VALUE"
+    closed = _closed(word)
+    if closed != word:
+        return (
+            f"{word} has a bracket that is not closed or not opened; expected KEY=VALUE, a list as "
+            f"KEY=[A,B]: type '{closed}'"
+        )
+    quotable = is_set and not set(value) & set("'\"")
+    typed = f"\"{key}='{value}'\"" if quotable else "\"KEY='VALUE'\""
+    return (
+        f"{word} cannot be read; expected KEY=VALUE, with quotes around what holds spaces, commas, "
+        f"quotes or brackets: type {typed}"
+    )
+
+
+def _closed(word: str) -> str:
+    """The word up to a bracket that closes none, with those that are open closed."""
+    closes, open_ = {"[": "]", "{": "}", "(": ")"}, ""
+    for place, letter in enumerate(word):
+        if letter in closes:
+            open_ = closes[letter] + open_
+        elif letter in closes.values():
+            if not open_.startswith(letter):
+                return word[:place] + open_
+            open_ = open_[1:]
+    return word + open_
+
+
 def _unknown_key(key: str, conf: Path, words: Sequence[str]) -> str:
     if key in ADDED:
         typed = next((word for word in words if word.startswith(f"{key}=")), f"{key}=CHOICE")
         return f"{key} is a group that nothing is chosen from so far: type +{typed}"
     config = _compose(conf, words)
-    known = [*map(str, config), *_keys(config)]
-    leaf = key.rpartition(".")[2]
-    same = [name for name in known if name.rpartition(".")[2] == leaf]
-    near = difflib.get_close_matches(key, same, 1, 0) or difflib.get_close_matches(key, known, 1)
-    typed = f"type {near[0]}=VALUE" if near else "type --cfg job to see them all"
-    # Where keys can be added at all: a network of the user's own, another library's parameters.
-    mapping = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else None
-    new = f", or +{key}=VALUE to add a new one" if isinstance(mapping, DictConfig) else ""
+    near = _nearest(key, [*map(str, config), *_keys(config)])
+    typed = f"type {near}=VALUE" if near else "type --cfg job to see them all"
+    # Where keys can be added at all: a network, and what else may be of a class of the user's own.
+    place = key.rpartition(".")[0]
+    mapping = OmegaConf.select(config, place) if place else None
+    target = str(mapping.get("_target_", "")) if isinstance(mapping, DictConfig) else ""
+    addable = place == "model" or target.partition(".")[0] not in ("", __package__)
+    new = f", or +{key}=VALUE to add a new one" if addable else ""
     expected = "is not a key of the configuration; expected one that --cfg job prints"
     return f"{key} {expected}: {typed}{new}"
+
+
+def _nearest(key: str, known: Sequence[str]) -> str | None:
+    """The key that is meant, or None where nothing resembles it.
+
+    A name that is right in the wrong place counts before one that is misspelt, and that before one
+    that is cut short; of several the one in the most similar place.
+    """
+
+    def leaf(name: str) -> str:
+        return name.rpartition(".")[2]
+
+    def alike(name: str) -> float:
+        return difflib.SequenceMatcher(None, leaf(key), leaf(name)).ratio()
+
+    def begins(name: str) -> bool:
+        short, long = sorted((leaf(key), leaf(name)), key=len)
+        return len(short) >= 3 and long.startswith(short)
+
+    within = key.rpartition(".")[0]
+    for fits in (
+        lambda name: leaf(name) == leaf(key),
+        lambda name: alike(name) >= 0.8 and name.rpartition(".")[0] == within,
+        begins,
+        lambda name: alike(name) >= 0.8,
+    ):
+        if near := difflib.get_close_matches(key, filter(fits, known), 1, 0):
+            return near[0]
+    return None
 
 
 def _compose(conf: Path, words: Sequence[str]) -> DictConfig:

@@ -16,6 +16,7 @@ from robustbench_local.building import (
     build_attack,
     build_defense,
     build_threat,
+    check_chosen,
     check_settings,
     choose_device,
     epsilons,
@@ -60,7 +61,9 @@ from robustbench_local.types import Model
 
 def run_from_hydra(config: DictConfig) -> list[Record]:
     """`run` for a configuration that Hydra composed; its choices give the names of the row."""
-    runtime = HydraConfig.get().runtime
+    hydra = HydraConfig.get()
+    check_chosen(hydra.overrides.task)
+    runtime = hydra.runtime
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
     return run(config, Choices(dict(runtime.choices), tuple(folders)), said=SAID)
 

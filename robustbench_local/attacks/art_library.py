@@ -1,7 +1,6 @@
 """Every evasion attack of the Adversarial Robustness Toolbox (ART) by its name there."""
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -12,6 +11,7 @@ from torch import nn
 
 from robustbench_local.attacks.known import Known
 from robustbench_local.attacks.library import LibraryAttack
+from robustbench_local.attacks.sandbox import importing_art
 from robustbench_local.attacks.victim import Victim
 from robustbench_local.gradients import pristine, resists
 from robustbench_local.threat import ThreatModel
@@ -249,8 +249,6 @@ class ART(LibraryAttack):
 
 
 def _evasion() -> Any:
-    with warnings.catch_warnings():
-        # It imports modules of others that announce their end.
-        warnings.simplefilter("ignore")
+    with importing_art():
         import art.attacks.evasion as evasion
     return evasion

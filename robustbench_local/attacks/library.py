@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from robustbench_local.attacks.base import Attack
-from robustbench_local.attacks.known import Known
+from robustbench_local.attacks.known import Known, what_may_suit, what_to_type
 from robustbench_local.attacks.sandbox import sandbox
 from robustbench_local.attacks.target import Target, check_target
 from robustbench_local.attacks.victim import Budget, SpentError, Victim, mend
@@ -65,6 +65,11 @@ class LibraryAttack(Attack):
         object.__setattr__(self, "needs", how.needs)
         object.__setattr__(self, "norms", frozenset(how.norms))
         object.__setattr__(self, "minimum_norm", how.radius is None)
+        if not isinstance(self.kwargs, Mapping):
+            raise UserError(
+                f"attack.kwargs={self.kwargs} is not a mapping; expected "
+                f"{what_to_type('attack.kwargs', '', how.free(self.parameters()))}"
+            )
         object.__setattr__(self, "kwargs", {key: _plain(v) for key, v in self.kwargs.items()})
         how.check(f"{self.name} of {self.library}", self.kwargs, self.parameters())
         if self.target is not None and how.target == "no":
@@ -206,10 +211,10 @@ class LibraryAttack(Attack):
         except Exception as error:
             if victim.error is not None:
                 raise victim.error from None
-            told = " ".join(str(error).split())[:300]
+            told = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(
-                f"{self.name} of {self.library} failed with {type(error).__name__}: {told}; check "
-                "attack.kwargs and the shape of the images, or choose another attack"
+                f"{self.name} of {self.library} failed with {type(error).__name__}: {told}; "
+                f"{what_may_suit('attack', self.kwargs)}"
             ) from error
         if victim.error is not None:  # swallowed on the way
             raise victim.error

@@ -21,6 +21,20 @@ class _Seeded(np.random.RandomState):
 
 
 @contextlib.contextmanager
+def importing_art() -> Iterator[None]:
+    """Quiet: ART logs where its data would lie, and imports modules that announce their end."""
+    log = logging.getLogger("art")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+@contextlib.contextmanager
 def sandbox(seed: int, device: torch.device) -> Iterator[None]:
     """Global generators seeded, nothing printed, no warnings; the caller restores the states.
 

@@ -2,8 +2,6 @@
 
 import difflib
 import inspect
-import logging
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -11,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustbench_local.attacks.sandbox import sandbox
+from robustbench_local.attacks.known import what_may_suit, what_to_type
+from robustbench_local.attacks.sandbox import importing_art, sandbox
 from robustbench_local.defenses.drawing import Drawing
 from robustbench_local.defenses.jpeg_codec import differentiable
 from robustbench_local.defenses.median import median_filter
@@ -106,6 +105,7 @@ class ArtPreprocessor(Drawing):
             example="={}",
         )
         arguments = _arguments(name, accepted, given)
+        self._given = list(given)
         self._channels_first = "channels_first" in accepted
         with pristine(self), sandbox(0, torch.device("cpu")):
             self._art = self._told(lambda: kind(**arguments))
@@ -192,22 +192,14 @@ class ArtPreprocessor(Drawing):
         except Exception as error:
             told = " ".join(str(error).split())[:300]
             raise UserError(
-                f"{self.name} of ART failed with {type(error).__name__}: {told.rstrip('.')}; check "
-                "defense.wrap.art.kwargs"
+                f"{self.name} of ART failed with {type(error).__name__}: {told.rstrip('.')}; "
+                f"{what_may_suit('defense.wrap.art', self._given)}"
             ) from error
 
 
 def _find(name: str) -> Any:
-    log = logging.getLogger("art")
-    level = log.level
-    log.setLevel(logging.WARNING)  # it tells where its data would lie
-    try:
-        with warnings.catch_warnings():
-            # It imports modules of others that announce their end.
-            warnings.simplefilter("ignore")
-            from art.defences import preprocessor
-    finally:
-        log.setLevel(level)
+    with importing_art():
+        from art.defences import preprocessor
     found = {
         each: kind
         for each, kind in vars(preprocessor).items()
@@ -239,7 +231,7 @@ def _arguments(
             why = "set by the benchmark" if key in accepted else f"not a parameter of {name} of ART"
             raise UserError(
                 f"defense.wrap.art.kwargs.{key} is {why}; expected "
-                f"{', '.join(free) if free else 'none at all'}"
+                f"{what_to_type('defense.wrap.art.kwargs', key, free)}"
             )
     for key in free:
         if key not in kwargs and accepted[key].default is inspect.Parameter.empty:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from scipy.stats import beta, binomtest, norm
 from torch import Tensor
 
 from robustbench_local.gradients import images_at_once, pristine
@@ -58,6 +57,8 @@ class Majority:
 
     def winner(self, votes: Tensor) -> int:
         """The class that `n` votes, int64 (K,), decide on, or `ABSTAIN`."""
+        from scipy.stats import binomtest  # not at the top: it takes a second
+
         first, second = votes.topk(2).values.tolist()
         decided = binomtest(first, first + second, 0.5).pvalue <= self.alpha
         return int(votes.argmax()) if decided else ABSTAIN
@@ -78,7 +79,7 @@ class Majority:
         least = lower_bound(int(votes[candidate]), self.n, self.alpha)
         if least < 0.5:
             return Certificate(ABSTAIN, 0.0), predicted
-        return Certificate(candidate, float(self.sigma * norm.ppf(least))), predicted
+        return Certificate(candidate, self._radius(least)), predicted
 
     def votes(self, image: Tensor, n: int) -> Tensor:
         """How many of `n` noisy passes of an image (C, H, W) name each class, int64 (K,)."""
@@ -94,11 +95,18 @@ class Majority:
     @property
     def largest_radius(self) -> float:
         """What `n` votes certify where they all agree."""
-        return float(self.sigma * norm.ppf(lower_bound(self.n, self.n, self.alpha)))
+        return self._radius(lower_bound(self.n, self.n, self.alpha))
+
+    def _radius(self, least: float) -> float:
+        from scipy.stats import norm
+
+        return float(self.sigma * norm.ppf(least))
 
 
 def lower_bound(successes: int, n: int, alpha: float) -> float:
     """The one-sided Clopper-Pearson bound: the probability is at least that, at level 1 - alpha."""
+    from scipy.stats import beta
+
     return float(beta.ppf(alpha, successes, n - successes + 1)) if successes else 0.0
 
 
@@ -150,6 +158,8 @@ def certified_accuracy(
 
 
 def _share(right: int, count: int) -> dict[str, float]:
+    from scipy.stats import binomtest
+
     interval = binomtest(right, count).proportion_ci(0.95, method="exact")
     share = {"value": right / count, "low": float(interval.low), "high": float(interval.high)}
     assert all(map(math.isfinite, share.values()))

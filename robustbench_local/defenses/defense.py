@@ -12,6 +12,7 @@ from robustbench_local.defenses.preprocess import Preprocess
 from robustbench_local.defenses.recipe import Recipe, Standard
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import is_randomized
+from robustbench_local.own_classes import takes_one
 from robustbench_local.randomness import reseed
 from robustbench_local.types import Images, Logits, Model
 
@@ -30,6 +31,13 @@ averages what the model says in several passes says `averages = True`. One that 
 
 Regularizer: TypeAlias = Callable[[Recipe], Recipe]
 """Makes another recipe of a recipe, such as one that also perturbs the weights."""
+
+
+_KINDS = {
+    "recipe": "a class derived from robustbench_local.defenses.Recipe",
+    "regularize": "which can be called with a recipe",
+    "wrap": "derived from robustbench_local.defenses.Preprocess or called with a model",
+}
 
 
 class Wrapped(nn.Module):
@@ -61,10 +69,10 @@ class Defense:
     def __post_init__(self) -> None:
         for half in ("recipe", "regularize", "wrap"):
             for name, part in getattr(self, half).items():
-                if not (isinstance(part, Recipe) if half == "recipe" else callable(part)):
+                if not (isinstance(part, Recipe) if half == "recipe" else takes_one(part)):
                     raise UserError(
                         f"defense.{half}.{name} is a {type(part).__name__}; expected a "
-                        f"configuration with _target_: see conf/defense/ for examples"
+                        f"configuration with _target_, {_KINDS[half]}: see conf/defense/"
                     )
         if len(self.recipe) > 1:
             names = list(self.recipe)

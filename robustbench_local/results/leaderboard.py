@@ -3,15 +3,17 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from robustbench_local.evaluation.audit import OF_THE_ATTACK
 from robustbench_local.files import atomic_path, remove_leftovers
 from robustbench_local.results.statistics import Interval, wilson
 from robustbench_local.results.store import Record, Store
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RANKING_ATTACKS = frozenset({"standard", "autoattack"})
 """A row is ranked only with one of these among its attacks; PGD alone is provisional."""
@@ -39,12 +41,14 @@ def write_leaderboard(store: Store) -> Path:
     return path
 
 
-def fold(store: Store) -> pd.DataFrame:
+def fold(store: Store) -> "pd.DataFrame":
     """One line per (dataset, model, training, defense, threat, awareness), best first.
 
     Sorted by worst case within a comparability key. Accuracies are fractions with their 95%
     limits; an attack that the line has not met is empty.
     """
+    import pandas as pd  # not at the top: a run that is refused does without
+
     records = list(store.all())
     rows: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in records:

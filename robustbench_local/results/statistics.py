@@ -4,7 +4,6 @@ from math import sqrt
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
-from scipy.stats import binomtest, t
 
 
 class Interval(NamedTuple):
@@ -22,6 +21,8 @@ def wilson(successes: float, n: int) -> Interval:
     over the judge's draws and is rounded to the nearest whole number for the limits alone, which
     moves them by what half an image does.
     """
+    from scipy.stats import binomtest  # not at the top: it takes a second
+
     limits = binomtest(round(successes), n).proportion_ci(0.95, method="wilson")
     return Interval(successes / n, float(limits.low), float(limits.high))
 
@@ -38,6 +39,8 @@ def accuracy(correct: NDArray[Any], draws: NDArray[Any]) -> Interval:
     each, count = draws.mean(axis=0), draws.shape[1]
     if count < 2:
         return over_images
+    from scipy.stats import t
+
     half = float(t.ppf(0.975, count - 1) * each.std(ddof=1)) / sqrt(count)
     value = over_images.value
     over_draws = Interval(value, max(0.0, value - half), min(1.0, value + half))

@@ -119,7 +119,7 @@ def _one_epoch(
         optimizer.zero_grad(set_to_none=True)
         with training.precision():
             now = Step(x, y, criterion, progress, step, seed)
-            loss, logits = recipe.loss(seen, now)
+            loss, logits = _two(recipe, recipe.loss(seen, now))
         training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         training.scaler.step(optimizer)
         training.scaler.update()
@@ -136,6 +136,17 @@ def _one_epoch(
         "loss": float(losses.double().mean()),
         "train_accuracy": int(correct) / (plan.steps * plan.batch_size),
     }
+
+
+def _two(recipe: "Recipe", returned: object) -> tuple[Tensor, Tensor]:
+    """The loss and the logits that a recipe returned; `UserError` for anything else."""
+    match returned:
+        case (Tensor(ndim=0) as loss, Tensor(ndim=2) as logits):
+            return loss, logits
+    raise UserError(
+        f"{type(recipe).__name__}.loss did not return a scalar loss and logits of shape (N, K); "
+        "expected both as tensors: type return loss, logits"
+    )
 
 
 def _order(

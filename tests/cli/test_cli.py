@@ -292,7 +292,11 @@ BAD = {
     "defense=[trades,detecter]": "trades, tv: type defense=detector",
     "defense=jpeg quality=3": "prints: type defense.wrap.jpeg.quality=VALUE",
     "zzz=3": "prints: type --cfg job to see them all",
-    "model.depth=3": "=VALUE, or +model.depth=VALUE to add a new one",
+    "model.depth=3": "to see them all, or +model.depth=VALUE to add a new one",
+    "train.validation=1": "prints: type dataset.validation_fraction=VALUE",
+    "train.validation_attack=1": "prints: type --cfg job to see them all",
+    "attack.eps=0.1": "prints: type threat.epsilon=VALUE",
+    "attack.stepsize=0.1": "prints: type attack.step_size=VALUE",
     "treat=mnist_linf": "type threat=VALUE",
     "threat.epsilo=0.1": "type threat.epsilon=VALUE",
     "+attack.restart=2": "expected one of seed, steps, step_size, restarts",
@@ -338,7 +342,17 @@ BAD = {
     "+defense.recipe.mine=1": "defense",
     "paths.results=../taken/results": "type paths.results=DIR",
     "paths.cache=../taken/cache": "type paths.cache=DIR",
-    "attack": "attack",
+    "attack": "attack sets nothing; expected KEY=VALUE: type attack=VALUE",
+    "defense=[jpeg": "KEY=[A,B]: type 'defense=[jpeg]'",
+    "defense=jpeg]": "KEY=[A,B]: type 'defense=jpeg'",
+    "defense=[{a:(1]": "KEY=[A,B]: type 'defense=[{a:(1)}]'",
+    "model._target_=a'b": "cannot be read; expected KEY=VALUE, with quotes",
+    "attack=art attack.kwargs.foo=1": "summary_writer: type attack.kwargs.KEY=VALUE",
+    "attack._target_=robustbench_local.attacks.PDG": "_target_=robustbench_local.attacks.PGD",
+    "attack=fgsm,pgd": "expected one: type -m attack=fgsm,pgd for a run with each",
+    "defense=jpeg,trades": "for a run with each, or defense=[jpeg,trades] for a list",
+    "defense=[jpeg,trades,jpeg]": "jpeg twice; expected each once, since parts are kept by name: "
+    "type defense=[jpeg,trades]",
 }
 
 
@@ -473,7 +487,7 @@ def test_a_folder_of_ones_own_configurations(cli):
     Path("mine/attack/gentle.yaml").write_text(
         "_target_: robustbench_local.attacks.PGD\nseed: ${seed}\nsteps: 2\nstep_size: 0.5\n"
     )
-    finished = cli("--config-dir", "mine", *QUICK, "attack=gentle", "attack.steps=3")
+    finished = cli(*QUICK, "--config-dir", "mine", "attack=gentle", "attack.steps=3")
     assert finished.code == 0
     assert [record["labels"]["attack"] for record in records().values()] == ["gentle-steps3"]
 
@@ -519,6 +533,23 @@ def test_heavy_libraries_are_not_imported_for_help_nor_unused_ones_for_a_run(tmp
             text=True,
         )
         assert finished.stdout.splitlines()[-1].split() == ["LOADED", *expected], finished.stderr
+
+
+@pytest.mark.parametrize("words", [["threat.epsilon=-1"], ["attack=torchattacks", "seed=x"]])
+def test_a_mistake_in_the_configuration_waits_for_no_library_but_torch(tmp_path, words):
+    heavy = ("art", "kornia", "matplotlib", "pandas", "scipy", "sklearn", "torchattacks",
+             "torchvision")  # fmt: skip
+    code = (
+        f"import sys; sys.argv = ['x', *{words}]\n"
+        "from robustbench_local.__main__ import main\n"
+        "try: main()\n"
+        f"finally: print('LOADED', *[name for name in {heavy} if name in sys.modules])"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert finished.stdout == "LOADED\n"
+    assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
 
 
 OWN_DEFENSES = """

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from robustbench_local.__main__ import CONF, lifted
+from robustbench_local.__main__ import CONF, lifted, options_first
 from robustbench_local.attacks import Attack
 from robustbench_local.building import build, build_attack
 from robustbench_local.data import Source
@@ -187,3 +187,19 @@ def test_parameters_of_arts_preprocessors_need_no_plus():
 
 def test_the_readme_quotes_commands():
     assert len(list(commands())) >= 10
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("force=true --config-dir conf x=1", "--config-dir conf force=true x=1"),
+        ("attack=a,b -m seed=1", "-m attack=a,b seed=1"),
+        ("~model.x -cd a=b --cfg job +x=1 --resolve", "-cd a=b --cfg job --resolve ~model.x +x=1"),
+        ("x=1 --info y=2", "--info x=1 y=2"),
+        ("x=1 --info defaults y=2", "--info defaults x=1 y=2"),
+        ("x=1 --config-dir=conf y=2 --config-dir", "--config-dir=conf --config-dir x=1 y=2"),
+        ("attack x=1", "attack x=1"),
+    ],
+)
+def test_options_may_stand_anywhere(typed, meant):
+    assert options_first(typed.split()) == meant.split()

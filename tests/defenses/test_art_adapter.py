@@ -206,7 +206,8 @@ def test_every_class_of_art_works_or_is_refused():
 def test_wrong_names_and_settings_are_told():
     with pytest.raises(UserError, match=r"Cutout, .*TotalVarMin.*name=JpegCompression$"):
         ArtPreprocessor(name="jpeg_compresion")
-    with pytest.raises(UserError, match=r"kwargs\.qualty is not a parameter.*expected quality"):
+    told = r"kwargs\.qualty is not a parameter.*quality: type defense\.wrap\.art\.kwargs\.quality="
+    with pytest.raises(UserError, match=told):
         ArtPreprocessor(kwargs={"qualty": 50})
     for key in ("channels_first", "clip_values", "apply_predict", "apply_fit"):
         with pytest.raises(UserError, match=rf"kwargs\.{key} is set by the benchmark"):
@@ -214,7 +215,10 @@ def test_wrong_names_and_settings_are_told():
     with pytest.raises(UserError, match=r"no default for length; type .*kwargs\.length=VALUE"):
         ArtPreprocessor(name="Cutout")
     for quality in (0, 101, 75.5):
-        with pytest.raises(UserError, match=r"ValueError: Image quality must be .*; check defense"):
+        told = (
+            r"ValueError: Image quality must be .*: type defense\.wrap\.art\.kwargs\.quality=VALUE"
+        )
+        with pytest.raises(UserError, match=told):
             ArtPreprocessor(kwargs={"quality": quality})
 
 

@@ -241,6 +241,25 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossAlone(Standard):
+    def loss(self, model, step):
+        return super().loss(model, step)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossPerImage(Standard):
+    def loss(self, model, step):
+        _, logits = super().loss(model, step)
+        return logits.logsumexp(1), logits
+
+
+@pytest.mark.parametrize("recipe", [LossAlone, LossPerImage])
+def test_a_recipe_that_returns_something_else_is_told(tmp_path, recipe):
+    with pytest.raises(UserError, match=rf"^{recipe.__name__}\.loss did not .*return loss, logits"):
+        run(tmp_path, recipe=recipe())
+
+
+@dataclass(frozen=True, kw_only=True)
 class LastStepBreaks(Standard):
     def loss(self, model, step):
         loss, logits = super().loss(model, step)
