@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from robustbench_local.__main__ import CONF, lifted
@@ -90,23 +91,13 @@ def _try(config: "DictConfig") -> int:
     # Imported here: --help must not wait for torch.
     from omegaconf import OmegaConf
 
-    from robustbench_local.attacks import Attack
     from robustbench_local.building import build, build_attack
     from robustbench_local.display import output
     from robustbench_local.selftest.run import selftest
 
     settings: dict[str, object] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
 
-    def make(samples: int) -> Attack:
-        attack: object = build_attack(settings, samples)
-        if not isinstance(attack, Attack):
-            raise UserError(
-                f"attack._target_={config.attack._target_} makes no attack but "
-                f"{type(attack).__name__}; derive the class from robustbench_local.attacks.Attack"
-            )
-        return attack
-
-    outcomes = list(selftest(make, build(config.threat)))
+    outcomes = list(selftest(partial(build_attack, settings), build(config.threat)))
     _show(outcomes, config, output())
     failed = any(outcome.verdict == "FAIL" for outcome in outcomes)
     passed = any(outcome.verdict == "pass" for outcome in outcomes)
@@ -117,9 +108,11 @@ def _show(outcomes: Sequence["Outcome"], config: "DictConfig", console: "Console
     from rich.markup import escape
     from rich.table import Table
 
+    from robustbench_local.results.report import print_title
+
     threat, name = config.threat, str(config.attack._target_).rpartition(".")[2]
     title = f"{name} under {threat.norm} {threat.epsilon}, access to {threat.access}"
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    table = Table()
     for column in ("victim", "known", "reached", "verdict", ""):
         table.add_column(column, no_wrap=column == "verdict", overflow="fold")
     colours = {"pass": "green", "FAIL": "bold red", "skipped": "yellow"}
@@ -127,6 +120,7 @@ def _show(outcomes: Sequence["Outcome"], config: "DictConfig", console: "Console
         verdict = f"[{colours[outcome.verdict]}]{outcome.verdict}[/]"
         cells = map(escape, (outcome.victim, outcome.known, outcome.reached))
         table.add_row(*cells, verdict, escape(outcome.why))
+    print_title(title, console)
     console.print(table)
     counts = {verdict: sum(o.verdict == verdict for o in outcomes) for verdict in colours}
     told = f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['skipped']} skipped"
