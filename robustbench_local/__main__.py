@@ -2,10 +2,13 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from robustbench_local.cli_errors import EXPECTED, sentence
 
@@ -32,7 +35,8 @@ def options_first(words: list[str]) -> list[str]:
     overrides: list[str] = []
     before = ""
     for word in words:
-        value = before in TAKES_A_WORD or (before in ("--info", "-i") and "=" not in word)
+        optional = before in ("--info", "-i") and "=" not in word and not word.startswith("-")
+        value = before in TAKES_A_WORD or optional
         (options if value or word.startswith("-") else overrides).append(word)
         before = "" if value else word
     return [*options, *overrides]
@@ -66,6 +70,14 @@ def main() -> None:
         except EXPECTED as error:  # the other runs of a sweep go on
             failures.append(sentence(error, CONF))
             print(f"error: {failures[-1]}", file=sys.stderr)
+            return None
+        except OSError:
+            raise
+        except Exception as error:  # of somebody's own class, or a defect of ours
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                raise
+            traceback.print_exc()
+            failures.append(str(error))
             return None
 
     # Hydra would print its own account of an error, in several lines; this makes it raise.

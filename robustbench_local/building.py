@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from robustbench_local.attacks import Attack
 from robustbench_local.attacks.samples import with_samples
@@ -138,16 +139,24 @@ def build(node: DictConfig) -> Any:
         raise UserError(_as_typed(str(cause), place, failing)) from None
     if not isinstance(failing, DictConfig):
         raise failure
-    name = str(failing._get_node("_target_"))
+    try:
+        name = str(failing._target_)
+    except OmegaConfBaseException:  # what it refers to is not there
+        raise failure from None
     if not str(failure).startswith("Error in call"):
         check_target(name, place)
         raise failure
     target = get_object(name)
-    check_call(target, name, place, [key for key in map(str, failing) if key != "_target_"])
+    if "_args_" not in failing:
+        check_call(target, name, place, [key for key in map(str, failing) if key not in _HYDRAS])
     theirs = failure.__cause__
     if theirs is None or isinstance(theirs, ValueError) or is_ours(target):
         raise failure
     raise theirs
+
+
+_HYDRAS = frozenset({"_target_", "_recursive_", "_convert_", "_partial_"})
+"""Keys that no class is given."""
 
 
 def _as_typed(message: str, place: str, failing: DictConfig) -> str:

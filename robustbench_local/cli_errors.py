@@ -2,8 +2,10 @@
 
 import difflib
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -31,19 +33,21 @@ def sentence(error: BaseException, conf: Path) -> str:
         return _unreadable(error.override)
     text = " ".join(str(error).split())
     missing = re.match(r"In '[^']*': Could not load '([^']+)/([^'/]+)'", text)
-    if missing and (conf / missing[1]).is_dir():  # one of a list
-        options = [file.stem for file in (conf / missing[1]).glob("*.yaml")]
-        return _unknown_choice(missing[1], missing[2], options)
+    folders = [conf, *own_folders(sys.argv[1:])]
+    if missing and any((folder / missing[1]).is_dir() for folder in folders):  # one of a list
+        found = {file.stem for folder in folders for file in (folder / missing[1]).glob("*.yaml")}
+        return _unknown_choice(missing[1], missing[2], list(found))
     several = re.match(r"Ambiguous value for argument '([^=]+)=(.+?)' 1\.", text)
     if several:
         name, values = several.groups()
-        # Of most groups one file is chosen, of defenses several.
-        listed = f", or {name}=[{values}] for a list"
-        if (conf / name).is_dir() and name != "defense":
-            listed = ""
+        other = ""
+        if name in ("defense", "threat.epsilon"):
+            other = f", or {name}=[{values}] for a list"
+        elif not (conf / name).is_dir() and "'" not in values:  # of a group one file is chosen
+            other = f", or \"{name}='{values}'\" for one value with commas"
         return (
             f"{name}={values} has several values; expected one: type -m {name}={values} for a run "
-            f"with each{listed}"
+            f"with each{other}"
         )
     key = re.match(r"Could not override '([^']+)'", text)
     if key:
@@ -51,6 +55,13 @@ def sentence(error: BaseException, conf: Path) -> str:
     causes = [" ".join(str(cause).split()) for cause in _causes(error)]
     root = causes[-1] if causes[-1] not in text else ""
     return f"{text} {root}".strip() + "; type --help for the groups, --cfg job for every key"
+
+
+def own_folders(words: Sequence[str]) -> list[Path]:
+    """The folders of the user's that the command line names with `--config-dir`."""
+    named = [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]
+    named += [word for name, word in pairwise(words) if name in ("--config-dir", "-cd")]
+    return [Path(name).absolute() for name in named if name]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -77,10 +88,10 @@ def _unreadable(word: str) -> str:
     if closed != word:
         return (
             f"{word} has a bracket that is not closed or not opened; expected KEY=VALUE, a list as "
-            f"KEY=[A,B]: type '{closed}'"
+            f"KEY=[A,B]: type {shlex.quote(closed)}"
         )
-    quotable = is_set and not set(value) & set("'\"")
-    typed = f"\"{key}='{value}'\"" if quotable else "\"KEY='VALUE'\""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    typed = shlex.quote(f"{key}='{escaped}'" if is_set else "KEY='VALUE'")
     return (
         f"{word} cannot be read; expected KEY=VALUE, with quotes around what holds spaces, commas, "
         f"quotes or brackets: type {typed}"
@@ -152,10 +163,16 @@ def _compose(conf: Path, words: Sequence[str]) -> DictConfig:
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-    chosen = [word for word in words if (conf / word.lstrip("+").partition("=")[0]).is_dir()]
+    own = own_folders(words)
+    chosen = [
+        word
+        for word in words
+        if any((folder / word.lstrip("+").partition("=")[0]).is_dir() for folder in (conf, *own))
+    ]
+    search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in own)}]"] if own else []
     with initialize_config_dir(str(conf), version_base="1.3"):
         try:
-            return compose("config", chosen)
+            return compose("config", [*chosen, *search])
         except HydraException:
             return compose("config")
 

@@ -6,9 +6,11 @@ inside somebody's code keeps its traceback.
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -23,23 +25,29 @@ def check_target(name: str, place: str) -> None:
     A module that is there and fails while it is imported raises what it raises.
     """
     key = f"{'++' if place.startswith('defense.') else ''}{place}._target_"
-    module, _, last = name.rpartition(".")
+    home, _, last = name.rpartition(".")
     example = "mypackage.MyClass"
     reason = "it is not of the form MODULE.CLASS"
-    if module and all(name.split(".")):
+    if home and all(name.split(".")):
         try:
-            found = import_module(module)
+            import_module(home)
         except ModuleNotFoundError as error:
             if not f"{name}.".startswith(f"{error.name}."):
                 raise  # one that theirs needs
-            reason = f"there is no module {module}"
-        else:
-            if callable(getattr(found, last, None)):
-                return
+            home = str(error.name).rpartition(".")[0]  # a class may lie in a class
+            last = name.removeprefix(f"{home}.")
+        reason = f"there is no module {name.partition('.')[0]}"
+        if home:
+            found = sys.modules[home]
+            try:
+                if callable(attrgetter(last)(found)):
+                    return
+            except AttributeError:
+                pass
             kinds = [each for each, value in vars(found).items() if inspect.isclass(value)]
             near = difflib.get_close_matches(last, kinds, 1)
-            example = f"{module}.{near[0] if near else 'MyClass'}"
-            reason = f"{module} has no class {last}"
+            example = f"{home}.{near[0] if near else 'MyClass'}"
+            reason = f"{home} has no class {last}"
     raise UserError(
         f"{place}._target_={name} cannot be found ({reason}); expected a class by its full name, "
         f"installed or in the folder you start from: type {key}={example}"
@@ -69,9 +77,13 @@ def check_call(target: Any, name: str, place: str, given: Collection[str]) -> No
     if unknown:
         listed = f"one of {', '.join(named)}" if named else "none at all"
         typed = f"{place}.KEY=VALUE"
-        if "." not in place and not is_ours(target):  # met with the keys of another one's file
+        if unknown[0] in inspect.get_annotations(
+            target
+        ):  # a field, in a class that is no dataclass
+            typed = "@dataclass(frozen=True, kw_only=True) above the class"
+        elif "." not in place and not is_ours(target):  # met with the keys of another one's file
             typed = (
-                f"{place}=mine --config-dir DIR, with _target_: {name} and its own keys in "
+                f"{place}=mine --config-dir DIR, with _target_: {name} and these keys alone in "
                 f"DIR/{place}/mine.yaml"
             )
         raise UserError(
@@ -85,18 +97,21 @@ def check_call(target: Any, name: str, place: str, given: Collection[str]) -> No
             )
 
 
-def check_parts(built: object) -> None:
+def check_parts(built: object, seen: Collection[int] = ()) -> None:
     """Raise `UserError` where a class from elsewhere cannot be used as its base of ours is.
 
     Its methods take what those of the base take, and what the base announces is there. Looks at
     the values of a mapping, and at the fields of a dataclass, too.
     """
+    if id(built) in seen:  # parts may refer to each other
+        return
+    seen = {*seen, id(built)}
     if isinstance(built, Mapping):
         for value in built.values():
-            check_parts(value)
-    elif is_dataclass(built):
+            check_parts(value, seen)
+    elif is_dataclass(built) and not isinstance(built, type):
         for field in fields(built):
-            check_parts(getattr(built, field.name, None))
+            check_parts(getattr(built, field.name, None), seen)
     kind = type(built)
     if is_ours(kind):
         return
@@ -112,7 +127,7 @@ def _check_against(built: object, base: type) -> None:
             "type super().__init__()"
         )
     set_by_constructor = {field.name for field in fields(base)} if is_dataclass(base) else set()
-    for key in vars(base).get("__annotations__", {}):
+    for key in inspect.get_annotations(base):
         if not key.startswith("_") and not hasattr(built, key):
             typed = "super().__init__() first in its constructor"
             if key not in set_by_constructor:
@@ -144,7 +159,8 @@ def _takes(own: object, method: Callable[..., Any]) -> bool:
     named = {p.name: None for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     positional = [p for p in parameters if p.kind not in (*_VARIABLE, p.KEYWORD_ONLY)]
     try:
-        inspect.signature(own).bind(*positional, **named)
+        # Of the wrapper, where there is one: what it takes is what it is called with.
+        inspect.signature(own, follow_wrapped=False).bind(*positional, **named)
     except TypeError:
         return False
     except ValueError:  # written in C

@@ -1,8 +1,10 @@
 """What Hydra calls around the runs: in a sweep a heading for each, and at its end one table."""
 
+import sys
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 
 if TYPE_CHECKING:
@@ -37,11 +39,21 @@ class Compare(Callback):
         words = [f"{key}={value}" for key, value in params.items()]
         choices: dict[str, int] = {}
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        for override in parser.parse_overrides([*words, *config.hydra.overrides.task]):
-            several = override.is_sweep_override()
-            values = list(override.sweep_string_iterator()) if several else [""]
-            choices[override.get_key_element()] = len(values)  # the last one counts
+        try:
+            for override in parser.parse_overrides([*words, *config.hydra.overrides.task]):
+                several = override.is_sweep_override()
+                values = list(override.sweep_string_iterator()) if several else [""]
+                choices[override.get_key_element()] = len(values)  # the last one counts
+        except HydraException:  # the sweeper will say it better
+            self.total = None
+            return
         self.total = prod(choices.values())
+        if self.total == 0:
+            empty = next(key for key, values in choices.items() if values == 0)
+            sys.exit(
+                f"error: {empty} is to take every value that a pattern matches, and none does; "
+                f"expected one at least: type --help for the groups"
+            )
         self.fixed = {key for key, values in choices.items() if values == 1}
 
     def on_job_start(self, config: "DictConfig", **_: Any) -> None:

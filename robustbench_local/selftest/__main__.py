@@ -46,6 +46,9 @@ def composed(words: Sequence[str]) -> "DictConfig":
     from hydra import compose, initialize_config_dir
 
     words, folders = list(words), []
+    for place, word in enumerate(words):
+        if word.startswith("--config-dir="):
+            words[place : place + 1] = word.split("=", 1)
     while "--config-dir" in words:
         place = words.index("--config-dir")
         folders.append(f"file://{_folder(words[place + 1 : place + 2])}")

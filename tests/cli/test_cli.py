@@ -284,6 +284,52 @@ def test_a_failing_run_does_not_stop_a_sweep(cli):
     assert len(records()) == 1
 
 
+FAILING = """
+from robustbench_local.defenses import Preprocess
+
+class Failing(Preprocess):
+    def __init__(self):
+        raise RuntimeError("of my own")
+
+    def transform(self, x):
+        return x
+"""
+
+
+def test_an_exception_in_a_class_of_ones_own_ends_its_run_and_not_the_sweep(cli):
+    Path("failing.py").write_text(FAILING)
+    Path("own/defense").mkdir(parents=True)
+    Path("own/defense/failing.yaml").write_text("wrap: {failing: {_target_: failing.Failing}}\n")
+    words = ("--config-dir", "own", *QUICK, "attack=noise,fgsm")
+    try:
+        done = cli("-m", *words, "defense=failing,none")
+        assert done.code == 1
+        assert done.err.count("RuntimeError: of my own") == 2
+        assert len(records()) == 2 and "worst case" in done.out.replace("\n", " ")
+        with pytest.raises(RuntimeError, match="of my own"):  # alone it keeps its traceback
+            cli("--config-dir", "own", *QUICK, "defense=failing")
+    finally:
+        sys.modules.pop("failing", None)
+
+
+def test_a_sweep_over_nothing_is_an_error(cli):
+    done = cli("-m", "+experiment=smoke", "attack=glob(zzz*)")
+    assert done.code == 1
+    assert done.err.startswith("error: attack is to take every value that a pattern matches")
+
+
+def test_a_mistake_among_files_of_ones_own_is_told_with_their_names(cli):
+    Path("own/attack").mkdir(parents=True)
+    Path("own/attack/mine.yaml").write_text(
+        "_target_: robustbench_local.attacks.MIFGSM\nseed: 0\nmomentum: 1.0\n"
+    )
+    Path("own/defense").mkdir()
+    Path("own/defense/posterize.yaml").write_text("wrap: {}\n")
+    words = ("--config-dir", "own")
+    assert "type attack.momentum=VALUE" in cli(*words, "attack=mine", "attack.momentun=2").err
+    assert "type defense=posterize" in cli("--config-dir=own", "defense=[jpeg,posterise]").err
+
+
 BAD = {
     "attack=pgdd": "attack=pgdd does not exist; expected one of",
     "+experiment=nope": "experiment=nope does not exist",
@@ -344,7 +390,7 @@ BAD = {
     "paths.cache=../taken/cache": "type paths.cache=DIR",
     "attack": "attack sets nothing; expected KEY=VALUE: type attack=VALUE",
     "defense=[jpeg": "KEY=[A,B]: type 'defense=[jpeg]'",
-    "defense=jpeg]": "KEY=[A,B]: type 'defense=jpeg'",
+    "defense=jpeg]": "KEY=[A,B]: type defense=jpeg",
     "defense=[{a:(1]": "KEY=[A,B]: type 'defense=[{a:(1)}]'",
     "model._target_=a'b": "cannot be read; expected KEY=VALUE, with quotes",
     "attack=art attack.kwargs.foo=1": "summary_writer: type attack.kwargs.KEY=VALUE",
@@ -535,7 +581,7 @@ def test_heavy_libraries_are_not_imported_for_help_nor_unused_ones_for_a_run(tmp
         assert finished.stdout.splitlines()[-1].split() == ["LOADED", *expected], finished.stderr
 
 
-@pytest.mark.parametrize("words", [["threat.epsilon=-1"], ["attack=torchattacks", "seed=x"]])
+@pytest.mark.parametrize("words", [["threat.epsilon=-1"], ["attack=pgd", "attack.steps=0"]])
 def test_a_mistake_in_the_configuration_waits_for_no_library_but_torch(tmp_path, words):
     heavy = ("art", "kornia", "matplotlib", "pandas", "scipy", "sklearn", "torchattacks",
              "torchvision")  # fmt: skip

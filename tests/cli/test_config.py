@@ -199,6 +199,7 @@ def test_the_readme_quotes_commands():
         ("x=1 --info defaults y=2", "--info defaults x=1 y=2"),
         ("x=1 --config-dir=conf y=2 --config-dir", "--config-dir=conf --config-dir x=1 y=2"),
         ("attack x=1", "attack x=1"),
+        ("x=1 --info --config-dir conf", "--info --config-dir conf x=1"),
     ],
 )
 def test_options_may_stand_anywhere(typed, meant):

@@ -10,6 +10,7 @@ from robustbench_local.building import build, build_attack, build_defense
 from robustbench_local.errors import UserError
 
 OWN = """
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -74,6 +75,30 @@ class ShortTransform(Preprocess):
 class Unbuilt(Transform):
     def __init__(self): self.mine = 1
 
+def seeded(method):
+    @functools.wraps(method)
+    def given(self, x):
+        return method(self, x, self.generator(x.device))
+    return given
+
+class Wrapped(Preprocess):
+    @seeded
+    def transform(self, x, generator): return x
+
+class Outer:
+    class Inner(Ball): ...
+
+class Undecorated(Ball):
+    steps: int = 3
+
+@dataclass(frozen=True)
+class Circle(Good):
+    itself: object = None
+    def __post_init__(self): object.__setattr__(self, "itself", self)
+
+class Failing(Transform):
+    def __init__(self, levels=3): raise RuntimeError("real cause")
+
 class Plain: ...
 
 class Uncallable:
@@ -115,6 +140,7 @@ ATTACKS = [
     ("own.Nope", "type attack._target_=own.MyClass"),
     ("own", "(it is not of the form MODULE.CLASS)"),
     (".own.Ball", "(it is not of the form MODULE.CLASS)"),
+    ("own.Outer.Nope", "own has no class Outer.Nope"),
     ("nowhere.Ball", "(there is no module nowhere); expected a class by its full name"),
     ("robustbench_local.attacks.PDG", "type attack._target_=robustbench_local.attacks.PGD"),
 ]  # fmt: skip
@@ -153,6 +179,24 @@ def test_keys_of_another_attack_are_told_with_where_to_put_ones_own():
         build_attack({"attack": {"_target_": "own.Ball", "seed": 0, "steps": 3}}, 1)
 
 
+def test_a_field_of_a_class_that_is_no_dataclass():
+    with pytest.raises(UserError, match=r"type @dataclass\(frozen=True, kw_only=True\) above the"):
+        build_attack({"attack": {"_target_": "own.Undecorated", "seed": 0, "steps": 3}}, 1)
+
+
+@pytest.mark.parametrize("more", [{"_recursive_": False}, {"_args_": [3]}, {"_convert_": "all"}])
+def test_keys_of_hydra_are_not_keys_of_the_class(more):
+    node = OmegaConf.create({"defense": {"wrap": {"x": {"_target_": "own.Failing", **more}}}})
+    with pytest.raises(RuntimeError, match="real cause"):
+        build(node.defense.wrap)
+
+
+def test_a_class_that_another_key_names():
+    node = OmegaConf.create({"class": "own.Failing", "wrap": {"x": {"_target_": "${class}"}}})
+    with pytest.raises(RuntimeError, match="real cause"):
+        build(node.wrap)
+
+
 def test_an_attack_inside_a_recipe_is_looked_at_too():
     parts = {
         "_target_": "robustbench_local.defenses.AdversarialTraining",
@@ -169,6 +213,9 @@ def test_what_fits_is_built_whatever_its_names():
     assert defense("recipe", "own.Good").names == ["x"]
     assert defense("wrap", "own.Transform").faced == ["x"]
     assert build_attack({"attack": {"_target_": "own.Ball", "seed": 3}}, 1).seed == 3
+    assert build_attack({"attack": {"_target_": "own.Outer.Inner", "seed": 3}}, 1).seed == 3
+    assert defense("wrap", "own.Wrapped").faced == ["x"]
+    assert defense("recipe", "own.Circle").names == ["x"]
 
 
 def test_an_error_inside_a_constructor_stays_what_it_is():

@@ -138,11 +138,14 @@ def _randomized(looks: Looks, attack: Attack, config: Audit, *, faced: bool) -> 
     if isinstance(attack, Transfer):
         return skipped("randomized", f"{differs}, but the attack asks the victim nothing")
     if not faced:
-        return skipped("randomized", f"{differs}, but what draws is in the defense, not attacked")
+        why = f"{differs}, but what draws is in the defense, which the attack does not face"
+        return found("randomized", False, measured, why)
     if samples > 1:
         why = f"{differs}; the attack averaged {samples} of them"
         return found("randomized", False, measured, why)
-    cure = "attack.eot_samples=20" if hasattr(attack, "eot_samples") else "attack=standard"
+    cure = "attack.eot_samples=20"
+    if not hasattr(attack, "eot_samples"):
+        cure = "attack=standard where the threat model allows it"
     why = f"{differs} and the attack used one sample of them; type {cure}"
     return found("randomized", True, measured, why)
 
