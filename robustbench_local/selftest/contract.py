@@ -76,9 +76,9 @@ def _takes_more(
         yield f"{told}: {error}"
         return
     with pristine(model), torch.no_grad():
-        fewer, all_ = (int((model(images).argmax(1) != y).sum()) for images in (found, x_adv))
-    if fewer < all_:
-        yield f"{told}: given that alone it breaks {fewer} images instead of {all_}"
+        alone, before = (int((model(images).argmax(1) != y).sum()) for images in (found, x_adv))
+    if alone < before:
+        yield f"{told}: given that alone it breaks {alone} images instead of {before}"
 
 
 def after_one_call(attack: Attack, threat: ThreatModel) -> Iterator[str]:
