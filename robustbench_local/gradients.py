@@ -109,16 +109,44 @@ def input_gradient(
             return loss(logits, labels, rows)
         return attack_loss(logits, labels, loss, targeted=targeted)
 
-    looks = []
+    looks, restride = [], x.device.type == "cpu" and takes_channels_last(model)
     for rows in suitable_parts(model, x):
-        part, labels = x[rows].detach().requires_grad_(), y[rows]
+        part, labels = x[rows].detach(), y[rows]
+        part = (_channels_last(part) if restride else part).requires_grad_()
         with torch.enable_grad():
             gradient, values, short = _look(model, part, labels, climbed, rows, targeted)
             for _ in range(eot_samples - 1):
                 more = _look(model, part, labels, climbed, rows, targeted)
                 gradient, values, short = gradient + more[0], values + more[1], short & more[2]
-        looks.append(InputGradient(gradient, values / eot_samples, short))
+        looks.append(InputGradient(gradient.contiguous(), values / eot_samples, short))
     return looks[0] if len(looks) == 1 else InputGradient(*map(torch.cat, zip(*looks, strict=True)))
+
+
+def takes_channels_last(model: Model) -> bool:
+    """Whether every part is known not to mind in which order the pixels lie in memory.
+
+    That is so for torch's, torchvision's and our modules without hooks. Others may well `.view`
+    the features of a convolution, which fails on channels-last ones.
+    """
+    return all(
+        type(part).__module__.startswith(_AT_EASE)
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        for part in model.modules()
+    )
+
+
+_AT_EASE = ("torch.nn.modules.", "torchvision.models.", "torchvision.ops.", "robustbench_local.")
+
+
+def _channels_last(x: Images) -> Images:
+    """The same images with the channels of a pixel side by side, as a CPU's convolutions like it.
+
+    A pass takes 3 to 13% less (digit CNN, ResNet-8 and 20), nothing less for a PreActResNet-18.
+    """
+    if x.shape[1] > 1:
+        return x.contiguous(memory_format=torch.channels_last)
+    # One channel lies in both orders at once; torch goes by the strides, which say the first.
+    return x.contiguous().as_strided(x.shape, (x[0].numel(), 1, x.shape[3], 1))
 
 
 def suitable_parts(model: Model, x: Images) -> list[slice]:
@@ -130,12 +158,12 @@ def suitable_parts(model: Model, x: Images) -> list[slice]:
 
 
 def images_at_once(x: Images) -> int:
-    """How many images one pass through a model should hold: 128 Ki pixel values on a CPU.
+    """How many images one pass through a model should hold: 192 Ki pixel values on a CPU.
 
-    That is 167 images of MNIST and 42 of CIFAR-10: the activations of many more leave its caches,
+    That is 250 images of MNIST and 64 of CIFAR-10: the activations of many more leave its caches,
     and a step takes a fifth (SmallCNN) to half as long again (ResNet-8). On a GPU 8 Mi.
     """
-    values = 1 << (17 if x.device.type == "cpu" else 23)
+    values = 3 << 16 if x.device.type == "cpu" else 1 << 23
     return max(1, values // x[0].numel()) if len(x) else 1
 
 

@@ -156,9 +156,7 @@ class ThreatModel:
         """
         self._need_a_ball("project")
         if self.norm == "linf":
-            epsilon = self.epsilon if self.radii is None else self.radius(x)
-            low, high = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
-            return torch.clamp(x_adv, low, high)  # one pass
+            return torch.clamp(x_adv, *self.bounds(x))  # one pass
         boxed = x_adv.clamp(0, 1)
         if self.norm == "l0":
             return self._keep_largest(x_adv, boxed, x)
@@ -179,6 +177,11 @@ class ThreatModel:
             inside = start + (inside - start) * ratio.view(-1, 1, 1, 1)
         boxed[outside] = inside
         return boxed
+
+    def bounds(self, x: Images) -> tuple[Images, Images]:
+        """Lowest and highest allowed value of every pixel under linf, inside the box."""
+        epsilon = self.epsilon if self.radii is None else self.radius(x)
+        return (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
 
     def limits(self, x: Images) -> Tensor:
         """Epsilon of every example, float64, shape (N,)."""

@@ -4,12 +4,19 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import LinearVictim, NoisyInput
 from torch import Tensor, nn
 from torch.nn import functional
 
 from robustbench_local.errors import UserError
-from robustbench_local.gradients import attack_loss, input_gradient, is_correct, pristine
+from robustbench_local.gradients import (
+    attack_loss,
+    input_gradient,
+    is_correct,
+    pristine,
+    takes_channels_last,
+)
 
 
 def logits_and_labels(classes: int = 6, count: int = 50) -> tuple[Tensor, Tensor]:
@@ -271,8 +278,8 @@ class Sizes(nn.Module):
 def test_large_batches_go_through_in_parts_and_the_gradient_is_the_same(eot_samples):
     generator = torch.Generator().manual_seed(0)
     model = Sizes(nn.Sequential(nn.Flatten(), nn.Linear(784, 5)))
-    x = torch.rand(400, 1, 28, 28, generator=generator)
-    y = torch.randint(0, 5, (400,), generator=generator)
+    x = torch.rand(600, 1, 28, 28, generator=generator)
+    y = torch.randint(0, 5, (600,), generator=generator)
     wanted = (y + 1) % 5
 
     def lead(logits, labels, rows):
@@ -282,11 +289,11 @@ def test_large_batches_go_through_in_parts_and_the_gradient_is_the_same(eot_samp
     for loss in ("ce", "margin", lead):
         model.seen.clear()
         parts = input_gradient(model, x, y, loss=loss, eot_samples=eot_samples)
-        assert model.seen == [size for size in (133, 133, 134) for _ in range(eot_samples)]
+        assert model.seen == [size for size in (200, 200, 200) for _ in range(eot_samples)]
         model.whole_batches = True
         whole = input_gradient(model, x, y, loss=loss, eot_samples=eot_samples)
         model.whole_batches = False
-        assert model.seen[-1] == 400
+        assert model.seen[-1] == 600
         for part, one in zip(parts, whole, strict=True):
             torch.testing.assert_close(part, one)
 
@@ -302,3 +309,52 @@ def test_a_nan_gradient_names_the_image_of_the_whole_batch():
     y = torch.zeros(400, dtype=torch.int64)
     with pytest.raises(UserError, match="NaN for image 390"):
         input_gradient(Holed(), x, y, loss=lambda logits, y, rows: 0 * logits[:, 1])
+
+
+class Strides(nn.Conv2d):
+    """A convolution that remembers how its images lay in memory."""
+
+    __module__ = "torch.nn.modules.conv"
+
+    def forward(self, x):
+        self.seen = x.stride()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("channels", "strides"), [(1, (64, 1, 8, 1)), (3, (192, 1, 24, 3))])
+def test_networks_of_known_parts_get_images_with_channels_side_by_side(channels, strides):
+    torch.manual_seed(0)
+    first = Strides(channels, 4, 3)
+    network = nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    x, y = torch.rand(6, channels, 8, 8), torch.arange(6) % 5
+    look = input_gradient(network, x, y)
+    assert first.seen == strides
+    assert look.gradient.is_contiguous()
+    handle = network[1].register_forward_hook(lambda *_: None)  # may do anything
+    plain = input_gradient(network, x, y)
+    assert first.seen == x.stride()
+    handle.remove()
+    torch.testing.assert_close(look, plain)
+
+
+def test_a_network_that_views_its_features_gets_plain_images():
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(144, 5)
+
+        def forward(self, x):
+            return self.head(self.conv(x).view(len(x), -1))
+
+    network, x = Viewing(), torch.rand(6, 3, 8, 8)
+    with pytest.raises(RuntimeError, match="view"):
+        network(x.contiguous(memory_format=torch.channels_last))
+    assert input_gradient(network, x, torch.arange(6) % 5).gradient.shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mobilenet_v3_small", "swin_t", "vgg11"])
+def test_torchvision_networks_do_not_mind_channels_side_by_side(name):
+    network = getattr(torchvision.models, name)(num_classes=5).eval()
+    assert takes_channels_last(network)
+    x = torch.rand(2, 3, 64, 64)
+    assert input_gradient(network, x, torch.tensor([1, 3])).gradient.shape == x.shape

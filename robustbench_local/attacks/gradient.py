@@ -112,6 +112,8 @@ class PGD(Attack):
         """One ascent of the examples `index`; what it finds goes into `search`."""
         x_adv = threat.random_start(x, draws) if self.random_start else x
         stride = threat.radius(x, self.step_size)
+        # What projecting needs, made once. From here on these tensors are overwritten.
+        around: tuple[Tensor, ...] = threat.bounds(x) if threat.norm == "linf" else (x,)
         for step in range(self.steps):
             look = input_gradient(
                 model, x_adv, y,
@@ -120,16 +122,23 @@ class PGD(Attack):
             gradient = look.gradient
             # The unperturbed image is no candidate: the attack's own points are.
             if step > 0 or self.random_start:
-                going = search.offer(index, x_adv, look.loss, look.resists)
-                if going is not None:
-                    if len(going) == 0:
+                leaving = search.offer(index, x_adv, look.loss, look.resists)
+                if leaving is not None:
+                    rows = _close_ranks(leaving, x_adv, gradient, *around)
+                    count = len(rows)
+                    if count == 0:
                         return
-                    x, y, index = x[going], y[going], index[going]
-                    x_adv, gradient, threat = x_adv[going], gradient[going], threat[going]
-                    stride = threat.radius(x, self.step_size)
+                    y, index, threat = y[rows], index[rows], threat[rows]
+                    x_adv, gradient = x_adv[:count], gradient[:count]
+                    around = tuple(tensor[:count] for tensor in around)
+                    stride = threat.radius(x_adv, self.step_size)
             progress = step / max(1, self.steps - 1)
             move = self.direction(threat, gradient, x_adv, stride, progress=progress)
-            x_adv = threat.project(move.mul_(stride).add_(x_adv), x)
+            move.mul_(stride).add_(x_adv)
+            if threat.norm == "linf":
+                x_adv = torch.clamp(move, *around, out=move)
+            else:
+                x_adv = threat.project(move, *around)
         if self.restarts == 1 and not (search.stop or search.keep):
             search.best[index] = x_adv  # nothing to compare with: a forward pass saved
             return
@@ -188,9 +197,9 @@ class _Search:
     ) -> Tensor | None:
         """Take those points of the examples `index` that are better than what is held.
 
-        Returns the rows to go on with, or `None` for all of them. A point that reached the goal
-        beats any that `resists`, then the loss decides. Without `keep` the points on the way are
-        taken only where an example stops; the `final` ones always compete, with those of other
+        Returns which of them leave, (N,) bool, or `None` where none does. A point that reached the
+        goal beats any that `resists`, then the loss decides. Without `keep` the points on the way
+        are taken only where an example stops; the `final` ones always compete, with those of other
         restarts.
         """
         broken = ~resists if self._settled else torch.zeros_like(resists)
@@ -208,5 +217,20 @@ class _Search:
             self._loss[places] = loss[rows].to(self._loss.dtype)
             self._broken[places] = broken[rows]
         if self.stop and not final and bool(broken.any()):
-            return resists.nonzero().squeeze(1)
+            return broken
         return None
+
+
+def _close_ranks(leaving: Tensor, *tensors: Tensor) -> Tensor:
+    """Move the last of those that stay into the places of those that leave, in all `tensors`.
+
+    Returns which row now stands in each of the first places, as many as stay. This writes a few
+    rows where an index would copy every one, and few images leave at a time.
+    """
+    rows = torch.arange(len(leaving) - int(leaving.sum()), device=leaving.device)
+    places = leaving[: len(rows)].nonzero().squeeze(1)
+    if len(places):
+        rows[places] = len(rows) + (~leaving[len(rows) :]).nonzero().squeeze(1)
+        for tensor in tensors:
+            tensor[places] = tensor[rows[places]]
+    return rows

@@ -383,7 +383,7 @@ def test_an_image_leaves_as_soon_as_it_is_broken() -> None:
 )
 def test_a_lucky_draw_is_not_believed(samples: int, budget: int | None, least: float) -> None:
     """Under noise on the scores the result still comes near the strongest change."""
-    model, x = linear((1, 8, 8), 2), images((1, 8, 8), 60)
+    model, x = linear((1, 8, 8), 2), images((1, 8, 8), 240)
     y = predict(model, x)
     noisy = NoisyLogits(model, 1.0)
     oracle = Oracle(noisy, threat(1, budget), 2, randomized=True)
