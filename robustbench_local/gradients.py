@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from robustbench_local.errors import UserError
 from robustbench_local.rejection import facing, folded, rejected
@@ -109,10 +110,10 @@ def input_gradient(
             return loss(logits, labels, rows)
         return attack_loss(logits, labels, loss, targeted=targeted)
 
-    looks, restride = [], x.device.type == "cpu" and takes_channels_last(model)
+    looks, rearrange = [], x.device.type == "cpu" and is_layers_alone(model)
     for rows in suitable_parts(model, x):
         part, labels = x[rows].detach(), y[rows]
-        part = (_channels_last(part) if restride else part).requires_grad_()
+        part = (_channels_last(part) if rearrange else part).requires_grad_()
         with torch.enable_grad():
             gradient, values, short = _look(model, part, labels, climbed, rows, targeted)
             for _ in range(eot_samples - 1):
@@ -122,31 +123,30 @@ def input_gradient(
     return looks[0] if len(looks) == 1 else InputGradient(*map(torch.cat, zip(*looks, strict=True)))
 
 
-def takes_channels_last(model: Model) -> bool:
-    """Whether every part is known not to mind in which order the pixels lie in memory.
+def is_layers_alone(model: Model) -> bool:
+    """Whether a network is nothing but torch's own layers, with no hook that could do more.
 
-    That is so for torch's, torchvision's and our modules without hooks. Others may well `.view`
-    the features of a convolution, which fails on channels-last ones.
+    Such a network computes the same however its images lie in memory. Others may well `.view` the
+    features of a convolution, which fails on channels-last ones; see `Normalized` for theirs.
     """
-    return all(
-        type(part).__module__.startswith(_AT_EASE)
-        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+    watched = module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return not watched and all(
+        type(part).__module__.startswith("torch.nn.modules.")
+        and not any(vars(part)[hooks] for hooks in _HOOKS)
+        and "forward" not in vars(part)
         for part in model.modules()
     )
 
 
-_AT_EASE = ("torch.nn.modules.", "torchvision.models.", "torchvision.ops.", "robustbench_local.")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _channels_last(x: Images) -> Images:
-    """The same images with the channels of a pixel side by side, as a CPU's convolutions like it.
-
-    A pass takes 3 to 13% less (digit CNN, ResNet-8 and 20), nothing less for a PreActResNet-18.
-    """
+    """The same images with the channels of a pixel side by side, which a CPU convolves faster."""
     if x.shape[1] > 1:
         return x.contiguous(memory_format=torch.channels_last)
     # One channel lies in both orders at once; torch goes by the strides, which say the first.
-    return x.contiguous().as_strided(x.shape, (x[0].numel(), 1, x.shape[3], 1))
+    return x.contiguous().as_strided(x.shape, (x.shape[1:].numel(), 1, x.shape[3], 1))
 
 
 def suitable_parts(model: Model, x: Images) -> list[slice]:
@@ -161,7 +161,7 @@ def images_at_once(x: Images) -> int:
     """How many images one pass through a model should hold: 192 Ki pixel values on a CPU.
 
     That is 250 images of MNIST and 64 of CIFAR-10: the activations of many more leave its caches,
-    and a step takes a fifth (SmallCNN) to half as long again (ResNet-8). On a GPU 8 Mi.
+    and their memory is taken from and given back to the system at every step. On a GPU 8 Mi.
     """
     values = 3 << 16 if x.device.type == "cpu" else 1 << 23
     return max(1, values // x[0].numel()) if len(x) else 1

@@ -154,9 +154,24 @@ class ThreatModel:
         arXiv:2103.01208): clipping after projecting would leave budget unused. For l0 the pixels
         that bring the image nearest are kept; for spatial there is no such image.
         """
+        return self.project_into(self.ball(x), x_adv)
+
+    def ball(self, x: Images) -> tuple[Images, ...]:
+        """What many projections around the same images have in common, for `project_into`.
+
+        Each part has a row for every image: lowest and highest pixels under linf, else `x` itself.
+        """
+        if self.norm != "linf":
+            return (x,)
+        epsilon = self.epsilon if self.radii is None else self.radius(x)
+        return (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
+
+    def project_into(self, ball: tuple[Images, ...], x_adv: Images) -> Images:
+        """As `project`, around the images whose `ball` it is."""
         self._need_a_ball("project")
         if self.norm == "linf":
-            return torch.clamp(x_adv, *self.bounds(x))  # one pass
+            return torch.clamp(x_adv, *ball)  # one pass
+        (x,) = ball
         boxed = x_adv.clamp(0, 1)
         if self.norm == "l0":
             return self._keep_largest(x_adv, boxed, x)
@@ -177,11 +192,6 @@ class ThreatModel:
             inside = start + (inside - start) * ratio.view(-1, 1, 1, 1)
         boxed[outside] = inside
         return boxed
-
-    def bounds(self, x: Images) -> tuple[Images, Images]:
-        """Lowest and highest allowed value of every pixel under linf, inside the box."""
-        epsilon = self.epsilon if self.radii is None else self.radius(x)
-        return (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
 
     def limits(self, x: Images) -> Tensor:
         """Epsilon of every example, float64, shape (N,)."""

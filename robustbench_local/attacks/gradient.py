@@ -112,8 +112,8 @@ class PGD(Attack):
         """One ascent of the examples `index`; what it finds goes into `search`."""
         x_adv = threat.random_start(x, draws) if self.random_start else x
         stride = threat.radius(x, self.step_size)
-        # What projecting needs, made once. From here on these tensors are overwritten.
-        around: tuple[Tensor, ...] = threat.bounds(x) if threat.norm == "linf" else (x,)
+        ball = threat.ball(x)
+        del x  # not in step with the others once images have left
         for step in range(self.steps):
             look = input_gradient(
                 model, x_adv, y,
@@ -124,21 +124,17 @@ class PGD(Attack):
             if step > 0 or self.random_start:
                 leaving = search.offer(index, x_adv, look.loss, look.resists)
                 if leaving is not None:
-                    rows = _close_ranks(leaving, x_adv, gradient, *around)
+                    rows = _close_ranks(leaving, x_adv, gradient, *ball)
                     count = len(rows)
                     if count == 0:
                         return
                     y, index, threat = y[rows], index[rows], threat[rows]
                     x_adv, gradient = x_adv[:count], gradient[:count]
-                    around = tuple(tensor[:count] for tensor in around)
+                    ball = tuple(part[:count] for part in ball)
                     stride = threat.radius(x_adv, self.step_size)
             progress = step / max(1, self.steps - 1)
             move = self.direction(threat, gradient, x_adv, stride, progress=progress)
-            move.mul_(stride).add_(x_adv)
-            if threat.norm == "linf":
-                x_adv = torch.clamp(move, *around, out=move)
-            else:
-                x_adv = threat.project(move, *around)
+            x_adv = threat.project_into(ball, move.mul_(stride).add_(x_adv))
         if self.restarts == 1 and not (search.stop or search.keep):
             search.best[index] = x_adv  # nothing to compare with: a forward pass saved
             return
@@ -222,7 +218,7 @@ class _Search:
 
 
 def _close_ranks(leaving: Tensor, *tensors: Tensor) -> Tensor:
-    """Move the last of those that stay into the places of those that leave, in all `tensors`.
+    """Move the last of those that stay to the places of those that leave, within the `tensors`.
 
     Returns which row now stands in each of the first places, as many as stay. This writes a few
     rows where an index would copy every one, and few images leave at a time.

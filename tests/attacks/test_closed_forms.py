@@ -321,24 +321,29 @@ def test_restarts_attack_the_survivors_only() -> None:
     assert (broken[1] <= broken[2]).all()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("best_iterate", [True, False])
 @pytest.mark.parametrize("restarts", [1, 3])
 def test_every_image_gets_its_own_result(
-    early_stop: bool, best_iterate: bool, restarts: int
+    norm: Norm, early_stop: bool, best_iterate: bool, restarts: int
 ) -> None:
-    """Images leave the batch at different steps; a mix-up of rows would land far outside."""
+    """Images leave at different steps, with radii of their own; a mix-up would land far outside."""
     model, x = victim((3, 6, 6), 5), images((3, 6, 6), 64)
     y = predict(model, x)
-    threat = ThreatModel(norm="l2", epsilon=middling_epsilon(model, x, y, "l2"))
+    radii = middling_epsilon(model, x, y, norm) * torch.linspace(0.4, 1.2, len(x))
     attack = PGD(
         steps=7, step_size=0.3, restarts=restarts, early_stop=early_stop, best_iterate=best_iterate
     )
-    x_adv = attack(model, x, y, threat)
-    threat.check(x_adv, x)
-    alone = torch.cat([attack(model, x[[i]], y[[i]], threat) for i in range(0, len(x), 16)])
-    torch.testing.assert_close(x_adv[::16], alone, rtol=0, atol=1e-6)
+    together = ThreatModel(norm=norm, epsilon=0.1).per_example(radii)
+    x_adv = attack(model, x, y, together)
+    together.check(x_adv, x)
+    assert 5 < int((predict(model, x_adv) != y).sum()) < 59
+    few = range(0, len(x), 8)
+    alone = [
+        attack(model, x[[i]], y[[i]], ThreatModel(norm=norm, epsilon=float(radii[i]))) for i in few
+    ]
+    torch.testing.assert_close(x_adv[::8], torch.cat(alone), rtol=0, atol=2e-6)
 
 
 class Ridge(nn.Module):
