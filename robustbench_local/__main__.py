@@ -10,7 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from robustbench_local.cli_errors import EXPECTED, sentence
+from robustbench_local.cli_errors import EXPECTED, check_dashes, sentence
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -83,6 +83,7 @@ def main() -> None:
     # Hydra would print its own account of an error, in several lines; this makes it raise.
     told = os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
+        check_dashes(sys.argv[1:])
         task()
     except EXPECTED as error:
         if told != "1":

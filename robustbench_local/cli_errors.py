@@ -57,6 +57,25 @@ def sentence(error: BaseException, conf: Path) -> str:
     return f"{text} {root}".strip() + "; type --help for the groups, --cfg job for every key"
 
 
+def check_dashes(words: Sequence[str]) -> None:
+    """Raise `UserError` for a setting that was typed as an option, `--KEY=VALUE`.
+
+    Hydra would take some for beginnings of its own options.
+    """
+    for word in words:
+        name, is_set, value = word.partition("=")
+        if name.startswith("--") and is_set and name not in _TAKE_A_VALUE:
+            key = name.lstrip("-")
+            plus = "+" if key in ADDED else ""
+            raise UserError(
+                f"{word} is no option; settings have no dashes: type {plus}{key}={value}"
+            )
+
+
+_TAKE_A_VALUE = ("--cfg", "--config-dir", "--config-name", "--config-path",
+                 "--experimental-rerun", "--info", "--package")  # fmt: skip
+
+
 def own_folders(words: Sequence[str]) -> list[Path]:
     """The folders of the user's that the command line names with `--config-dir`."""
     named = [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]
@@ -72,11 +91,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _unknown_choice(group: str, choice: str, options: Sequence[str]) -> str:
     options = sorted(options)
-    near = difflib.get_close_matches(choice, options, 1) or options[:1]
+    near = difflib.get_close_matches(choice.lower(), options, 1)
     plus = "+" if group in ADDED else ""
     return (
         f"{group}={choice} does not exist; expected one of {', '.join(options)}: type "
-        f"{plus}{group}={near[0] if near else 'CHOICE'}"
+        f"{plus}{group}={near[0] if near else 'NAME'}"
     )
 
 

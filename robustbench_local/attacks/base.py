@@ -99,7 +99,9 @@ class Attack(ABC):
         if threat.norm not in self.norms:
             serves = ", ".join(sorted(self.norms))
             raise UserError(
-                f"attack {name} does not serve threat.norm={threat.norm}; it serves {serves}"
+                f"attack {name} does not serve threat.norm={threat.norm}; it serves {serves}: "
+                f"type threat.norm={min(self.norms)} and a threat.epsilon that suits it, or "
+                "choose another attack"
             )
         if not threat.allows(self.needs):
             raise UserError(

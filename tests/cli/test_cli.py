@@ -332,6 +332,10 @@ def test_a_mistake_among_files_of_ones_own_is_told_with_their_names(cli):
 
 BAD = {
     "attack=pgdd": "attack=pgdd does not exist; expected one of",
+    "attack=PGD": "type attack=pgd",
+    "defense=[jpeg,qqq]": "type defense=NAME",
+    "--experiment=pgd": "is no option; settings have no dashes: type +experiment=pgd",
+    "attack=pgd --threat.epsilon=0.1": "type threat.epsilon=0.1",
     "+experiment=nope": "experiment=nope does not exist",
     "+experiment=defense": "type +experiment=defenses",
     "experiment=pgd": "nothing is chosen from so far: type +experiment=pgd",
@@ -352,7 +356,7 @@ BAD = {
     "threat.epsilon=[0.1,wide]": "is not a number",
     "attack.target=nearest": "attack.target=nearest",
     "threat.epsilon=8": "is above 1",
-    "threat.norm=l0 threat.epsilon=1": "does not serve threat.norm=l0",
+    "threat.norm=l0 threat.epsilon=1": "it serves l1, l2, linf: type threat.norm=l1 and",
     "threat.access=labels": "needs access to gradients",
     "threat.query_budget=0": "threat.query_budget=0",
     "threat.query_budget=3": "query_budget=3",
