@@ -1,7 +1,8 @@
 """One-pixel and few-pixel attacks: differential evolution, many images at once."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class OnePixel(Attack):
       changes no result.
     - `eot_samples`: forward passes averaged for each candidate, of a victim not known to give the
       same answer twice.
+    - `random_generations`: the generations for such a victim, each of whose answers costs its own
+      average over draws, or `None` for as many as for any other; the record says where it counted.
     - `target`: the class to reach, see `attacks.target`.
 
     An image leaves as soon as one of its candidates reaches the goal; images that resist to the
@@ -57,6 +60,7 @@ class OnePixel(Attack):
     generations: int = 100
     mutation: float = 0.5
     eot_samples: int = 1
+    random_generations: int | None = None
     candidates: int | None = None
     target: Target = None
 
@@ -64,8 +68,9 @@ class OnePixel(Attack):
         check_target(self.target)
         for name in ("population", "generations", "eot_samples"):
             require_count(name, getattr(self, name))
-        if self.candidates is not None:
-            require_count("candidates", self.candidates)
+        for name in ("random_generations", "candidates"):
+            if getattr(self, name) is not None:
+                require_count(name, getattr(self, name))
         if self.population < 3:
             raise UserError(
                 f"attack.population={self.population}; a child has three different parents, so "
@@ -77,6 +82,10 @@ class OnePixel(Attack):
                 "example attack.mutation=0.5"
             )
 
+    def report(self, threat: ThreatModel) -> Mapping[str, Any]:
+        """`reduced`, where a random victim was searched for `random_generations`."""
+        return dict(self.notes)
+
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """All examples generation by generation; those whose goal is reached leave."""
         pixels = int(threat.epsilon)
@@ -87,7 +96,14 @@ class OnePixel(Attack):
             targeted=targeted, at_once=self.candidates,
             samples=1 if settled else self.eot_samples,
         )  # fmt: skip
-        rounds, left = self.generations + int(settled), threat.query_budget
+        generations = self.generations
+        if not settled and self.random_generations is not None:
+            generations = self.random_generations
+            self.notes["reduced"] = (
+                f"{generations} generations instead of {self.generations}, since the victim is "
+                "random"
+            )
+        rounds, left = generations + int(settled), threat.query_budget
         if left is not None:
             left -= int(targeted)  # choosing the class may have taken a look
             if not settled:  # whole generations, the last one for the fresh look

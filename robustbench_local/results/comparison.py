@@ -52,8 +52,9 @@ def tabulate(store: Store, records: Sequence[Record]) -> pd.DataFrame:
 
     Columns: those of `VICTIM`, `MEASURED_ON` and `THREAT`, `attack`, `awareness`, `clean`, `robust`
     with its 95% Wilson limits `low` and `high`, `n`, `judge_draws`, `eot_samples` (draws averaged
-    by the attack; empty where it averages none), `flags` (a star marks severe ones), how many of
-    them are `severe` (other than what `oblivious` attacks bring with them) and `run_id`.
+    by the attack; empty where it averages none), `reduced` (what the attack did less of behind a
+    random victim), `flags` (a star marks severe ones), how many of them are `severe` (other than
+    what `oblivious` attacks bring with them) and `run_id`.
 
     The worst case (attack `worst_case`, awareness `any`) is taken per example over all attacks on
     the victim under the threat model, knowing of the defense or not, and then averaged; see
@@ -96,6 +97,7 @@ def _line(record: Record) -> dict[str, Any]:
         "n": record["n"],
         "judge_draws": record["judge_draws"],
         "eot_samples": averaged.get("samples"),
+        "reduced": record.get("attack_report", {}).get("reduced"),
         **_doubts([record]),
         "run_id": record["run_id"],
     }
@@ -123,6 +125,7 @@ def _worst(store: Store, records: Sequence[Record]) -> dict[str, Any]:
         "low": low,
         "high": high,
         "eot_samples": None,
+        "reduced": None,
         **_doubts(records),
         "run_id": " ".join(str(record["run_id"]) for record in records),
     }
@@ -167,6 +170,9 @@ def _show(table: pd.DataFrame, console: Console, path: Path, *, rejects: bool = 
         f"see {escape(str(path))}",
         soft_wrap=True,
     )
+    reduced = table.dropna(subset="reduced")[["attack", "reduced"]].drop_duplicates()
+    for attack, less in reduced.itertuples(index=False):
+        console.print(f"† {escape(f'{attack}: {less}')}", soft_wrap=True)
 
 
 def _print(
@@ -232,7 +238,8 @@ def _threat(column: pd.Series, table: pd.DataFrame) -> list[str]:
 def _cell(lines: pd.DataFrame, *, both: bool) -> str:
     found: dict[str, list[str]] = {}
     for _, line in lines.iterrows():
-        figure = f"{100 * line['robust']:.1f}{'*' if line['severe'] else ''}"
+        marks = ("*" if line["severe"] else "") + ("†" if isinstance(line["reduced"], str) else "")
+        figure = f"{100 * line['robust']:.1f}{marks}"
         found.setdefault(str(line["awareness"]), []).append(figure)
     told = {awareness: ", ".join(figures) for awareness, figures in found.items()}
     if "any" in told:

@@ -396,6 +396,26 @@ def test_a_lucky_draw_is_not_believed(samples: int, budget: int | None, least: f
     assert (rise / gains(model, x, y).max(1)).mean() >= least
 
 
+@pytest.mark.parametrize("randomized", [True, False])
+def test_a_random_victim_is_searched_for_its_own_number_of_generations(randomized: bool) -> None:
+    model, x = linear((1, 8, 8), 2), images((1, 8, 8), 6)
+    y = predict(model, x)
+    victim = NoisyLogits(model, 1e-6) if randomized else model
+    oracle = Oracle(victim, threat(1), 2, randomized=randomized)
+    oracle.begin(len(x))
+    attack = OnePixel(population=50, generations=9, random_generations=3, eot_samples=2)
+    attack(oracle, x, y, threat(1))
+    if randomized:
+        assert oracle.forward_passes == len(x) * 50 * (3 + 1) * 2
+        assert attack.report(threat(1))["reduced"].startswith("3 generations instead of 9")
+    else:
+        full = Oracle(model, threat(1), 2, randomized=False)
+        full.begin(len(x))
+        OnePixel(population=50, generations=9)(full, x, y, threat(1))
+        assert oracle.forward_passes == full.forward_passes
+        assert attack.report(threat(1)) == {}
+
+
 def test_paint_changes_the_pixels_and_nothing_else() -> None:
     x = images((3, 4, 5), 3)
     rows = torch.tensor([2, 0])
@@ -444,6 +464,7 @@ def test_pixels_that_cannot_be_counted_are_refused(epsilon: str) -> None:
         ({"population": 2}, "attack.population=2.*3 or more"),
         ({"population": 4.5}, "attack.population=4.5"),
         ({"generations": 0}, "attack.generations=0"),
+        ({"random_generations": 0}, "attack.random_generations=0"),
         ({"candidates": 0}, "attack.candidates=0"),
         ({"eot_samples": 0}, "attack.eot_samples=0"),
         ({"mutation": 0.0}, "attack.mutation=0"),

@@ -86,6 +86,15 @@ def shown(store, records):
     return [[cell.strip() for cell in row[1:-1]] for row in rows], text
 
 
+def test_an_attack_that_did_less_is_marked(store):
+    less = written(store, "a", [1, 0], defense="rse", attack="one_pixel", randomized=True)
+    less["attack_report"] = {"reduced": "2 generations instead of 20"}
+    whole = written(store, "b", [1, 0], defense="none", attack="one_pixel")
+    rows, text = shown(store, [less, whole])
+    assert [row[2] for row in rows[1:]] == ["50.0†", "50.0"]
+    assert "† one_pixel: 2 generations instead of 20" in text
+
+
 def test_long_names_break_between_words_and_radii_read_as_written(store):
     records = [
         written(store, "a", [1, 1], defense="adversarial_training+noise_fusion", attack="pgd"),
@@ -235,13 +244,13 @@ def test_the_file_holds_every_figure(store):
     }  # fmt: skip
     columns = (
         "attack", "awareness", "clean", "robust", "low", "high", "judge_draws", "eot_samples",
-        "flags", "severe", "run_id",
+        "reduced", "flags", "severe", "run_id",
     )  # fmt: skip
     none, one = wilson(3, 4), wilson(1, 4)
     expected = [
-        ("fgsm", "adaptive", 0.75, *none, 1, "", "", 0, "a"),
-        ("pgd", "oblivious", 1.0, *one, 10, 20.0, "oblivious* randomized*", 1, "b"),
-        ("worst_case", "any", 0.75, *one, 1, "", "oblivious* randomized*", 1, "a b"),
+        ("fgsm", "adaptive", 0.75, *none, 1, "", "", "", 0, "a"),
+        ("pgd", "oblivious", 1.0, *one, 10, 20.0, "", "oblivious* randomized*", 1, "b"),
+        ("worst_case", "any", 0.75, *one, 1, "", "", "oblivious* randomized*", 1, "a b"),
     ]
     read = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
     assert read == [
