@@ -57,6 +57,7 @@ from robustbench_local.results.shards import Shards, check_batches, show_parts
 from robustbench_local.results.store import check_writable
 from robustbench_local.sweep import SAID
 from robustbench_local.threat import ThreatModel
+from robustbench_local.tracking import build_tracker, track
 from robustbench_local.training import Trained, Workshop
 from robustbench_local.types import Model
 
@@ -104,6 +105,7 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
     data_dir, cache, results = (
         Path(str(config.paths[key])).expanduser() for key in ("data", "cache", "results")
     )
+    tracker = build_tracker(config.get("tracking"))
     store = Store(results)
     check_writable(store.records, "paths.results")
     check_writable(cache, "paths.cache")
@@ -139,12 +141,14 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
                     records[record["run_id"]] = whole
     if shards and (parts := [name for name in run_ids if name not in records]):
         show_parts(shards, parts, display.output)
-        return [records[run_id] for run_id in run_ids if run_id in records]
+        track(tracker, list(records.values()), results, cache, display)
+        return list(records.values())
     leaderboard = write_leaderboard(store)
     finished = [records[run_id] for run_id in run_ids]
     show(finished, display.output, leaderboard=leaderboard, recorded=recorded, said=said)
     if len(finished) > 1:
         display.output.print(f"curve: {draw_curve(store, finished)}", soft_wrap=True)
+    track(tracker, finished, results, cache, display)
     return finished
 
 

@@ -1,21 +1,18 @@
 """Shards of an evaluation fold into the record that a run in one piece writes."""
 
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
 from robustbench_local.__main__ import CONF
-from robustbench_local.errors import UserError
-from robustbench_local.evaluation.shards import Shard
 from robustbench_local.run import Choices, run
 
 SMALL = (
     "+experiment=smoke", "model.width=2", "model.hidden=8", "train.epochs=1", "eot.sample=10",
-    "dataset.test_size=50", "batch_size=10", "attack.steps=3", "device=cpu",
+    "dataset.test_size=35", "batch_size=10", "device=cpu",
 )  # fmt: skip
+PGD = ("attack.steps=3", "threat.epsilon=0.05")
 EITHER_WAY = ("finished", "seconds", "environment")
 
 
@@ -69,37 +66,59 @@ def parts(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.glob("shards/*/*/records/*.json"))
 
 
+STANDARD = tuple(
+    f"attack.parts.{name}=3"
+    for name in ("apgd_ce.steps", "apgd_dlr.steps", "apgd_t.steps", "fmn.steps", "square.queries")
+)
 CASES = {
-    "pgd": (),
-    "target": ("attack.target=next", "attack.step_size=0.5"),
-    "curve": ("threat.epsilon=[0,0.1,0.2]",),
-    "budget": ("attack=square", "~attack.steps", "attack.queries=20", "threat.access=scores",
-               "threat.query_budget=20"),
-    "minimum norm": ("attack=fmn", "threat.epsilon=[0.1,0.3]"),
-    "cascade": ("attack=standard", "~attack.steps"),
-    "substitute": ("attack=substitute", "~attack.steps", "threat.access=labels"),
-    "noise_fusion": ("defense=noise_fusion", "threat.epsilon=[0.1,0.2]", "judge_draws=3"),
-    "rse": ("defense=rse", "judge_draws=3", "train.epochs=1"),
-    "audit": ("defense=noise_fusion", "judge_draws=2", "audit=full", "audit.sample=20"),
-    "detector": ("defense=feature_squeezing_detector",),
-    "certificate": ("defense=randomized_smoothing", "threat=mnist_l2", "judge_draws=2"),
+    "pgd": ((*PGD, "attack.target=next"), 3),
+    "curve": (("attack.steps=3", "threat.epsilon=[0,0.03,0.1]"), 3),
+    "minimum norm": (("attack=fmn", "attack.steps=5", "threat.epsilon=[0.05,0.1]"), 2),
+    "budget": (
+        ("attack=square", "attack.queries=20", "threat.access=scores", "threat.query_budget=20"), 2
+    ),
+    "cascade": (("attack=standard", *STANDARD, "threat.epsilon=0.05"), 2),
+    "substitute": (
+        ("attack=substitute", "attack.seeds=20", "attack.rounds=2", "attack.epochs=1",
+         "threat.access=labels"), 2
+    ),
+    "curve of a random victim": (
+        ("defense=noise_fusion", "attack.steps=3", "threat.epsilon=[0.05,0.1]", "judge_draws=3"), 3
+    ),
+    "random layers": (("defense=rse", *PGD, "judge_draws=3"), 2),
+    "substitute of a random victim": (
+        ("defense=rse", "attack=substitute", "attack.seeds=20", "attack.rounds=2",
+         "attack.epochs=1", "judge_draws=2"), 2
+    ),
+    "rejection": (("defense=feature_squeezing_detector", *PGD), 2),
+}  # fmt: skip
+SLOW = {
+    "audit": (
+        ("defense=noise_fusion", "defense.wrap.noise_fusion.eot_samples=2", *PGD, "judge_draws=2",
+         "audit=full", "audit.sample=8", "audit.frozen_images=2", "audit.black_box_queries=5"), 2
+    ),
+    "certificate": (
+        ("defense=randomized_smoothing", "defense.wrap.randomized_smoothing.n=100",
+         "attack.steps=3", "threat=mnist_l2", "threat.epsilon=[0.1,0.2]", "judge_draws=2"), 2
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
+)
 def test_shards_fold_into_the_record_of_one_run(evaluate, tmp_path, case):
-    evaluate(*CASES[case], to="one")
-    order = ("3/3", "1/3", "2/3")
-    for shard in order[:-1]:
-        assert evaluate(*CASES[case], f"shard={shard}") == []
+    words, count = {**CASES, **SLOW}[case]
+    expected = {record["run_id"] for record in evaluate(*words, to="one")}
+    for number in [*range(2, count + 1), 1][:-1]:
+        assert evaluate(*words, f"shard={number}/{count}") == []
         assert written(tmp_path / "split") == {}
-    finished = evaluate(*CASES[case], f"shard={order[-1]}")
-    expected = written(tmp_path / "one")
-    assert [record["run_id"] for record in finished] and {
-        record["run_id"] for record in finished
-    } == set(expected)
-    found = written(tmp_path / "split")
-    for run_id, (text, arrays) in expected.items():
-        assert found[run_id][0] == text
-        assert found[run_id][1] == arrays
+        assert len(parts(tmp_path / "split")) == (number - 1) * len(expected)
+    last = evaluate(*words, f"shard=1/{count}")
+    assert {record["run_id"] for record in last} == expected
+    one, split = (written(tmp_path / name) for name in ("one", "split"))
+    assert split.keys() == one.keys() == expected
+    for run_id in expected:
+        assert split[run_id][0] == one[run_id][0]
+        assert split[run_id][1] == one[run_id][1]
     assert parts(tmp_path / "split") == []
