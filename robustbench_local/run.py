@@ -123,7 +123,8 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
     records: dict[str, Record] = {name: record for name, record in known.items() if record}
     missing = {n: point for n, point in zip(run_ids, points, strict=True) if n not in records}
     recorded = len(records)
-    if missing and not (shards and shards.have(missing)):
+    measured_now = bool(missing) and not (shards and shards.have(missing))
+    if measured_now:
         workshop = make_workshop(settings, data, defense, device, cache, display)
         trained = get_model(settings, defense, workshop)
         defense = defense.fit(replace(workshop, network=trained))
@@ -140,7 +141,7 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
                 elif whole := shards.add(record, outcomes):
                     records[record["run_id"]] = whole
     if shards and (parts := [name for name in run_ids if name not in records]):
-        show_parts(shards, parts, display.output)
+        show_parts(shards, parts, display.output, measured_now=measured_now)
         track(tracker, list(records.values()), results, cache, display)
         return list(records.values())
     leaderboard = write_leaderboard(store)

@@ -50,10 +50,11 @@ class Shard:
         batches = -(-images // at_once)
         if self.of > batches:
             smaller = images // self.of
-            typed = f"batch_size={smaller * images_of}" if smaller else f"shard=1/{images}"
+            typed = f"batch_size={max(1, smaller) * images_of}"
+            typed += "" if smaller else f" shard=1/{images}"
             raise UserError(
                 f"shard={self} needs {self.of} batches at least and {images} test images make "
-                f"{batches}; type {typed} for every shard"
+                f"{batches}: type for example {typed}, with the same batch_size for every shard"
             )
         begin, end = (
             min(images, batches * part // self.of * at_once)

@@ -204,24 +204,22 @@ def check_batches(
     shard.rows(images, at_once=max(1, batch_size // images_of), images_of=images_of)
 
 
-def show_parts(shards: Shards, run_ids: Sequence[str], console: Console) -> None:
+def show_parts(
+    shards: Shards, run_ids: Sequence[str], console: Console, *, measured_now: bool
+) -> None:
     """Say what this shard found and which are missing, for runs that are not whole yet."""
+    state = "recorded" if measured_now else "recorded before, not run again"
     for run_id in run_ids:
         part = shards.partial(run_id)
         if part is None:  # set aside or folded by another process in the meantime
             continue
         clean, robust = (part[f"{key}_accuracy"]["value"] for key in ("clean", "robust"))
         labels = part["labels"]
-        console.print(
-            f"shard {shards.shard} recorded: {part['n']} images; missing: "
+        for sentence in (
+            f"shard {shards.shard} {state}: {part['n']} images; missing: "
             f"{', '.join(map(str, shards.missing(run_id)))}",
-            soft_wrap=True,
-            highlight=False,
-        )
-        console.print(
-            f"partial, of these images alone: {escape(labels['attack'])} at {labels['norm']} "
-            f"{radius_in_words(labels['epsilon'])} leaves {100 * robust:.2f}% of "
-            f"{100 * clean:.2f}% clean; run {run_id}",
-            soft_wrap=True,
-            highlight=False,
-        )
+            f"partial, of these images alone: clean {100 * clean:.2f}%, robust "
+            f"{100 * robust:.2f}% ({labels['attack']}, {labels['norm']} "
+            f"{radius_in_words(labels['epsilon'])}); run {run_id}",
+        ):
+            console.print(escape(sentence), soft_wrap=True, highlight=False)
