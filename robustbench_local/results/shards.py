@@ -21,6 +21,9 @@ from robustbench_local.results.record import measured
 from robustbench_local.results.report import radius_in_words
 from robustbench_local.results.store import Record, Store
 
+OF_A_STORE = ("checksum", "examples_sha256", "examples_bytes", "leaderboard")
+"""Keys that a store adds to what it is given: those of a part are not those of the whole."""
+
 FoldReports: TypeAlias = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 """`Attack.fold` of the attack that was run."""
 
@@ -186,7 +189,7 @@ def folded(
         "environment": {**environments[0], **({"other_shards": others} if others else {})},
     }
     record["config"] = {**record["config"], "force": any(p["config"]["force"] for p in parts)}
-    for key in ("shard", "examples_sha256", "checksum"):  # of the part, not of the whole
+    for key in ("shard", *OF_A_STORE):
         record.pop(key, None)
     return record, outcomes
 
