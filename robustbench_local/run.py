@@ -142,6 +142,8 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
                     records[record["run_id"]] = whole
     if shards and (parts := [name for name in run_ids if name not in records]):
         show_parts(shards, parts, display.output, measured_now=measured_now)
+        if records:
+            write_leaderboard(store)
         track(tracker, list(records.values()), results, cache, display)
         return list(records.values())
     leaderboard = write_leaderboard(store)

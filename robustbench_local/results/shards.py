@@ -53,7 +53,7 @@ class Shards:
             return not self.again and all(self._part(name, self.shard.number) for name in run_ids)
 
     def add(self, record: Record, outcomes: Outcomes) -> Record | None:
-        """Keep what this shard found; the whole record where that was the last one missing."""
+        """Keep what this shard found; gives the whole record where it was the last one missing."""
         run_id = record["run_id"]
         split = {
             "number": self.shard.number,
@@ -146,6 +146,7 @@ def _kind(part: Record) -> dict[str, Any]:
         "batches": part["shard"]["layout"],
         "weights": [part["weights"]["sha256"], *(about["sha256"] for about in learned.values())],
         "draws": part["eot"],
+        "sources": part["attack_report"].get("sources"),  # of a transfer attack
         "preparation": part["preparation_passes"],
     }
 
