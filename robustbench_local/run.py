@@ -33,7 +33,7 @@ from robustbench_local.evaluation import (
     Audit,
     Averaging,
     Judging,
-    PerExample,
+    Outcomes,
     Samples,
     audit_attack,
     audit_samples,
@@ -44,6 +44,7 @@ from robustbench_local.evaluation import (
     raise_samples,
 )
 from robustbench_local.evaluation.evaluate import now
+from robustbench_local.evaluation.shards import Shard
 from robustbench_local.identity import file_sha256
 from robustbench_local.networks import equip, get_model, make_workshop
 from robustbench_local.oracle import Oracle
@@ -52,9 +53,11 @@ from robustbench_local.results.curve import draw_curve
 from robustbench_local.results.labels import choice_label
 from robustbench_local.results.record import make_record, run_identity
 from robustbench_local.results.report import show
+from robustbench_local.results.shards import Shards, check_batches, show_parts
 from robustbench_local.results.store import check_writable
 from robustbench_local.sweep import SAID
 from robustbench_local.threat import ThreatModel
+from robustbench_local.tracking import build_tracker, track
 from robustbench_local.training import Trained, Workshop
 from robustbench_local.types import Model
 
@@ -80,9 +83,9 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
     """Evaluate one defended model under one attack; one record for each `threat.epsilon`.
 
     What is recorded already is shown from its record unless `config.force`; notes about the data
-    that are in `said` are not printed again, and the others join them. Raises `UserError`
-    before anything is recorded where the configuration, the data, the model or the folders are
-    wrong.
+    that are in `said` are not printed again, and the others join them. Of a `shard` that is not the
+    last one there is no record yet. Raises `UserError` before anything is recorded where the
+    configuration, the data, the model or the folders are wrong.
     """
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     check_settings(settings)
@@ -90,7 +93,7 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
     defense = build_defense(config.defense)
     if settings["awareness"] == "oblivious":
         ignore_defense(settings, defense, display)
-    device = choose_device(str(config.device))
+    device, shard = choose_device(str(config.device)), Shard.parse(settings.get("shard"))
     points = [Point(build_threat(config, value)) for value in epsilons(settings)]
     attack = build_attack(settings, 1)
     for point in points:
@@ -102,6 +105,7 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
     data_dir, cache, results = (
         Path(str(config.paths[key])).expanduser() for key in ("data", "cache", "results")
     )
+    tracker = build_tracker(config.get("tracking"))
     store = Store(results)
     check_writable(store.records, "paths.results")
     check_writable(cache, "paths.cache")
@@ -109,27 +113,45 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
     data = load(build(config.dataset), data_dir, cache, device)
     for point in points:
         attack.check(data, point.threat)
+    shards = None
+    if shard is not None:
+        check_batches(shard, attack, points, len(data.test), settings["batch_size"])
+        shards = Shards(store, shard, attack.fold, again=config.force)
     run_ids = [run_identity(point.settings(settings), data, device) for point in points]
-    known = {} if config.force else {name: store.find(name) for name in run_ids}
+    find = store.find if shards is None else shards.find
+    known = {} if config.force else {name: find(name) for name in run_ids}
     records: dict[str, Record] = {name: record for name, record in known.items() if record}
     missing = {n: point for n, point in zip(run_ids, points, strict=True) if n not in records}
     recorded = len(records)
-    if missing:
+    measured_now = bool(missing) and not (shards and shards.have(missing))
+    if measured_now:
         workshop = make_workshop(settings, data, defense, device, cache, display)
         trained = get_model(settings, defense, workshop)
         defense = defense.fit(replace(workshop, network=trained))
-        bench = set_up(config, settings, choices, workshop, trained, defense, display)
+        bench = set_up(config, settings, choices, workshop, trained, defense, display, shard)
         # Together, radii would share the draws of a random victim and how many are averaged.
         groups = [{name: point} for name, point in missing.items()] if bench.random else [missing]
         for group in groups:
-            for record, examples in measure(bench, attack, group):
-                records[record["run_id"]] = record
-                store.add(record, examples)
+            if shards and shards.have(group):
+                continue
+            for record, outcomes in measure(bench, attack, group):
+                if shards is None:
+                    store.add(record, outcomes.examples)
+                    records[record["run_id"]] = record
+                elif whole := shards.add(record, outcomes):
+                    records[record["run_id"]] = whole
+    if shards and (parts := [name for name in run_ids if name not in records]):
+        show_parts(shards, parts, display.output, measured_now=measured_now)
+        if records:
+            write_leaderboard(store)
+        track(tracker, list(records.values()), results, cache, display)
+        return list(records.values())
     leaderboard = write_leaderboard(store)
     finished = [records[run_id] for run_id in run_ids]
     show(finished, display.output, leaderboard=leaderboard, recorded=recorded, said=said)
     if len(finished) > 1:
         display.output.print(f"curve: {draw_curve(store, finished)}", soft_wrap=True)
+    track(tracker, finished, results, cache, display)
     return finished
 
 
@@ -150,11 +172,17 @@ class Bench:
     auditing: Audit
     certified: Mapping[str, Any] | None
     display: Display
+    shard: Shard | None  # None: the whole test set
 
     @property
     def random(self) -> bool:
         """Whether forward passes of the victim, or of what is attacked, differ."""
         return self.faced_is_random or self.judging.randomized
+
+    @property
+    def first(self) -> bool:
+        """Whether to do what is done once for all shards, and leaves no trace in the others."""
+        return self.shard is None or self.shard.first
 
 
 def set_up(
@@ -165,6 +193,7 @@ def set_up(
     trained: Trained,
     defense: Defense,
     display: Display,
+    shard: Shard | None = None,
 ) -> Bench:
     """Put the defense on, see whom the attack faces, and what the defense proves."""
     data, auditing = workshop.data, build(config.audit)
@@ -197,41 +226,55 @@ def set_up(
             randomized=judged,
         ),
         auditing=auditing,
-        certified=prove(defense, victim, data, config, display),
+        certified=prove(defense, victim, data, config, display)
+        if shard is None or shard.first
+        else None,
         display=display,
+        shard=shard,
     )
 
 
 def measure(
     bench: Bench, attack: Attack, points: Mapping[str, Point]
-) -> Iterator[tuple[Record, PerExample]]:
-    """Attack, judge, audit: a record for each point, by its run id, and what befell each image."""
+) -> Iterator[tuple[Record, Outcomes]]:
+    """Attack, judge, audit: a record for each point, by its run id, and what befell each image.
+
+    Of a shard both are about its images, but for what looks at a sample of the whole test set: how
+    many draws are averaged, which every shard finds out alike, and the checks, made by the first.
+    """
     config, settings, display = bench.config, bench.settings, bench.display
     data, device = bench.workshop.data, bench.workshop.device
     judging, auditing = bench.judging, bench.auditing
     threats = [point.threat for point in points.values()]
     oracle = Oracle(bench.faced, threats[0], data.num_classes, randomized=bench.faced_is_random)
+    judging.restart("preparation")
     began = now(device)
     attack, averaged = settle_draws(attack, settings, build(config.eot), oracle, judging, data)
     if isinstance(attack, Transfer):
         attack = equip(attack, settings, bench.workshop, bench.trained, display)
     waited = now(device) - began
+    checks = [audit_samples(averaged)]
     with exact():
-        checks = audit_victim(
-            bench.victim,
-            data,
-            attack,
-            config=auditing,
-            awareness=settings["awareness"],
-            faced_is_random=bench.faced_is_random,
-            at_most=config.batch_size,
-        )
+        if bench.first:
+            looks = audit_victim(
+                bench.victim,
+                data,
+                attack,
+                config=auditing,
+                awareness=settings["awareness"],
+                faced_is_random=bench.faced_is_random,
+                at_most=config.batch_size,
+            )
+            checks = [*looks, *checks]
+        judging.restart("fit")
         began = now(device)
         attack = attack.fit(oracle, data.validation, threats[-1])
         waited += now(device) - began
-    checks.append(audit_samples(averaged))
     preparation = {"forward": oracle.forward_passes, "backward": oracle.backward_passes}
-    with display.evaluation(bench.choices.chosen["attack"], len(data.test)) as progress:
+    label, images = bench.choices.chosen["attack"], len(data.test)
+    if bench.shard is not None:
+        label, images = f"{label}, shard {bench.shard}", -(-images // bench.shard.of)
+    with display.evaluation(label, images) as progress:
         curve = evaluate_curve(
             oracle,
             attack,
@@ -241,19 +284,24 @@ def measure(
             judging=judging,
             progress=progress,
             say=display.say,
+            shard=bench.shard,
         )
-    if auditing.level == "full":
+    if auditing.level == "full" and bench.first:
         display.say(f"audit: every check on {min(auditing.sample, len(data.test))} images")
     for (run_id, point), outcomes in zip(points.items(), curve, strict=True):
-        tried = audit_attack(
-            oracle,
-            attack,
-            data.test,
-            point.threat,
-            config=auditing,
-            judging=judging,
-            batch_size=outcomes.batch_size,
-            sources={"the bare network": bench.trained.model} if bench.defense.faced else {},
+        tried = (
+            []
+            if not bench.first
+            else audit_attack(
+                oracle,
+                attack,
+                data.test,
+                point.threat,
+                config=auditing,
+                judging=judging,
+                batch_size=outcomes.batch_size,
+                sources={"the bare network": bench.trained.model} if bench.defense.faced else {},
+            )
         )
         record = make_record(
             run_id=run_id,
@@ -274,7 +322,7 @@ def measure(
             checks=[*checks, *tried],
             device=device,
         )
-        yield record, outcomes.examples
+        yield record, outcomes
 
 
 def settle_draws(

@@ -1,7 +1,7 @@
 """What every attack is: a frozen set of hyper-parameters that can be called."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -66,6 +66,18 @@ class Attack(ABC):
     def report(self, threat: ThreatModel) -> Mapping[str, Any]:
         """What the record of that threat model says beside accuracies, as JSON holds it."""
         return {}
+
+    def fold(self, reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The report of one evaluation from those of its shards, at one radius.
+
+        By default all that any of them says, and the list of what each says where they differ.
+        """
+        keys = {key: None for report in reports for key in report}
+        said = {key: [report[key] for report in reports if key in report] for key in keys}
+        return {
+            key: values[0] if all(value == values[0] for value in values) else values
+            for key, values in said.items()
+        }
 
     def goal(self, model: Model, x: Images, y: Labels) -> tuple[Labels, bool]:
         """The labels the attack works on, and whether these are classes it wants (a `target`)."""

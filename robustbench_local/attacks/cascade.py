@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
@@ -166,6 +166,24 @@ class Cascade(Attack):
                 if name in lines or not lines
             ]
         }
+
+    def fold(self, reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What each part did in all shards together."""
+        counts = [each.name for each in fields(_Line)]
+        said: dict[str, list[dict[str, Any]]] = {}
+        for report in reports:
+            for line in report["parts"]:
+                said.setdefault(line["name"], []).append(line)
+        folded = []
+        for name in sorted(said, key=list(self.parts).index):
+            tallies = [_Line(*(line[key] for key in counts)) for line in said[name]]
+            own = [
+                {key: value for key, value in line.items() if key not in ("name", *counts)}
+                for line in said[name]
+            ]
+            total = vars(sum(tallies, _Line()))
+            folded.append({"name": name, **total, **self.parts[name].fold(own)})
+        return {"parts": folded}
 
 
 @dataclass(frozen=True)

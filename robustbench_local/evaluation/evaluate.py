@@ -15,6 +15,7 @@ from robustbench_local.attacks import Attack
 from robustbench_local.data import Split
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation.judge import Verdict, exact, judge
+from robustbench_local.evaluation.shards import Shard
 from robustbench_local.gradients import is_randomized
 from robustbench_local.oracle import Oracle
 from robustbench_local.randomness import derive_seed
@@ -81,6 +82,16 @@ class Outcomes:
     attack_seconds: float
     judge_seconds: float
     batch_size: int  # the smallest one used, after any lack of memory
+    costs: tuple["Cost", ...]  # of each batch, in order
+    layout: "Layout"
+
+
+class Layout(NamedTuple):
+    """What the shards of one evaluation have in common, see `shards`."""
+
+    images: int  # of the whole test set
+    at_once: int  # attacked together, at all radii
+    radii: tuple[float, ...]  # of the evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +109,14 @@ class Judging:
     seed: int = 0
     reseed: Callable[[int], None] | None = None
     randomized: bool = False
+
+    def restart(self, what: str) -> None:
+        """Put the victim's own generators where every run finds them before it does `what`.
+
+        Else what a run did before would decide, and a shard of it does less.
+        """
+        if self.reseed is not None:
+            self.reseed(derive_seed(self.seed, "restart", what))
 
 
 def evaluate(
@@ -136,6 +155,7 @@ def evaluate_curve(
     judging: Judging | None = None,
     progress: Callable[[int, float], None] = lambda done, robust: None,
     say: Callable[[str], None] = lambda sentence: None,
+    shard: Shard | None = None,
 ) -> list[Outcomes]:
     """Robust accuracy at each epsilon, otherwise under the oracle's threat model.
 
@@ -149,7 +169,8 @@ def evaluate_curve(
 
     `progress` is called with the number of images done since its last call and the robust accuracy
     so far, at the largest epsilon. Raises `BudgetError`, naming the image, where the attack leaves
-    its threat model: neither a crash nor a foul of an attack ever counts as robustness.
+    its threat model: neither a crash nor a foul of an attack ever counts as robustness. Of a
+    `shard` the outcomes are those of its images; `fold` puts the shards together.
     """
     judging = judging or Judging()
     randomized = is_randomized(oracle)
@@ -160,15 +181,17 @@ def evaluate_curve(
         )
     threats = [replace(oracle.threat, epsilon=epsilon) for epsilon in epsilons]
     hardest = max(range(len(threats)), key=lambda place: threats[place].epsilon)
-    # Sharing a batch would change the draws of each radius.
-    shares = attack.per_example_radius and not attack.minimum_norm and not randomized
-    images_of = max(1, sum(epsilon > 0 for epsilon in epsilons)) if shares else 1
+    images_of = radii_in_a_batch(attack, epsilons, randomized=randomized)
+    layout = Layout(len(split), max(1, batch_size // images_of), tuple(epsilons))
+    mine = range(len(split))
+    if shard is not None:
+        mine = shard.rows(len(split), at_once=layout.at_once, images_of=images_of)
     parts: list[list[PerExample]] = []
-    costs = [_Cost() for _ in threats]
-    start, robust = 0, 0.0
-    while start < len(split):
-        rows = torch.arange(start, min(start + max(1, batch_size // images_of), len(split)))
-        notes, batch_costs = deepcopy(attack.notes), [_Cost() for _ in threats]
+    costs: list[list[Cost]] = []
+    start, robust = mine.start, 0.0
+    while start < mine.stop:
+        rows = torch.arange(start, min(start + max(1, batch_size // images_of), mine.stop))
+        notes, batch_costs = deepcopy(attack.notes), [Cost() for _ in threats]
         try:
             part = _attack_batch(oracle, attack, threats, split, rows, judging, batch_costs)
         except torch.OutOfMemoryError:  # this batch is attacked again from the start
@@ -177,29 +200,61 @@ def evaluate_curve(
             batch_size = _halve(batch_size, images_of, say)
             continue
         parts.append(part)
-        costs = [cost + more for cost, more in zip(costs, batch_costs, strict=True)]
+        costs.append(batch_costs)
         start += len(rows)
         robust += float(part[hardest].robust_correct.sum())
-        progress(len(rows), robust / start)
+        progress(len(rows), robust / (start - mine.start))
 
-    curve = [
-        PerExample(
-            *(np.concatenate([getattr(p, f.name) for p in point]) for f in fields(PerExample))
-        )
-        for point in zip(*parts, strict=True)
-    ]
     return [
-        Outcomes(
+        fold(
             point,
+            spent,
             radii_at_once=_radii_at_once(attack, threat, threats, images_of),
-            forward_passes=cost.forward / max(1, int(point.attacked.sum())),
-            backward_passes=cost.backward / max(1, int(point.attacked.sum())),
-            attack_seconds=cost.attack_seconds,
-            judge_seconds=cost.judge_seconds,
             batch_size=batch_size,
+            layout=layout,
         )
-        for threat, point, cost in zip(threats, curve, costs, strict=True)
+        for threat, point, spent in zip(
+            threats, zip(*parts, strict=True), zip(*costs, strict=True), strict=True
+        )
     ]
+
+
+def fold(
+    parts: Sequence[PerExample],
+    costs: Sequence["Cost"],
+    *,
+    radii_at_once: int,
+    batch_size: int,
+    layout: Layout,
+) -> Outcomes:
+    """The outcomes of one evaluation from those of its batches, or of its shards, in order.
+
+    `costs` are those of every batch: sums are rounded alike however the batches were dealt out.
+    """
+    examples = PerExample(
+        *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(PerExample))
+    )
+    cost, attacked = sum(costs, Cost()), max(1, int(examples.attacked.sum()))
+    return Outcomes(
+        examples,
+        radii_at_once=radii_at_once,
+        forward_passes=cost.forward / attacked,
+        backward_passes=cost.backward / attacked,
+        attack_seconds=cost.attack_seconds,
+        judge_seconds=cost.judge_seconds,
+        batch_size=batch_size,
+        costs=tuple(costs),
+        layout=layout,
+    )
+
+
+def radii_in_a_batch(attack: Attack, epsilons: Sequence[float], *, randomized: bool) -> int:
+    """How often each image is in a batch: once for each radius that is attacked together.
+
+    Sharing a batch would change the draws that each radius of a random victim meets.
+    """
+    shares = attack.per_example_radius and not attack.minimum_norm and not randomized
+    return max(1, sum(epsilon > 0 for epsilon in epsilons)) if shares else 1
 
 
 def _radii_at_once(
@@ -217,7 +272,7 @@ def _attack_batch(
     split: Split,
     rows: torch.Tensor,
     judging: Judging,
-    costs: Sequence["_Cost"],
+    costs: Sequence["Cost"],
 ) -> list[PerExample]:
     """Judge, attack what is correct, judge again; one result and cost for each threat model."""
     on_device = rows.to(split.labels.device)
@@ -289,7 +344,7 @@ class _Job(NamedTuple):
     threats: Sequence[ThreatModel]
     x: Images
     y: Labels
-    costs: Sequence["_Cost"]
+    costs: Sequence["Cost"]
 
 
 def _find(job: _Job, reseed: Callable[[], None]) -> list[Images]:
@@ -340,22 +395,22 @@ def _find_at_once(job: _Job) -> list[Images]:
 
 
 @dataclass
-class _Cost:
-    """What one radius has cost so far, over all its images."""
+class Cost:
+    """What one radius has cost, in one batch or over several."""
 
     forward: float = 0.0
     backward: float = 0.0
     attack_seconds: float = 0.0
     judge_seconds: float = 0.0
 
-    def __add__(self, other: "_Cost") -> "_Cost":
-        return _Cost(
-            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(_Cost)),
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)),
         )
 
 
 @contextmanager
-def _counted(oracle: Oracle, x: Images, costs: Sequence[_Cost], *, shares: int) -> Iterator[None]:
+def _counted(oracle: Oracle, x: Images, costs: Sequence[Cost], *, shares: int) -> Iterator[None]:
     """Add what the body asks of the oracle, and its time, to each cost: one of `shares`."""
     forward, backward, began = oracle.forward_passes, oracle.backward_passes, now(x.device)
     yield

@@ -26,6 +26,7 @@ from robustbench_local.results.statistics import accuracy
 from robustbench_local.results.store import RECORD_VERSION, Record
 from robustbench_local.sources import identify
 from robustbench_local.threat import ThreatModel
+from robustbench_local.types import Norm
 
 if TYPE_CHECKING:
     from robustbench_local.training import Trained
@@ -37,15 +38,19 @@ _CODE = (
 )  # fmt: skip
 
 
+AROUND = ("paths", "shard", "tracking")
+"""Settings about where a run happens and who is told of it, which no number depends on."""
+
+
 def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.device) -> str:
     """The name of a run: a hash of all that decides its numbers.
 
-    The resolved configuration without folders and `force`; the content of the data, of a given
+    The resolved configuration without `AROUND` and `force`; the content of the data, of a given
     checkpoint and of the models to transfer from in place of their paths; the kind of device; this
     package's code and that of every class from elsewhere that the configuration names; the versions
     of the attack libraries where one of them does the work, in the attack or in the defense.
     """
-    decides = {key: value for key, value in settings.items() if key not in ("paths", "force")}
+    decides = {key: value for key, value in settings.items() if key not in (*AROUND, "force")}
     decides["dataset"] = {
         "name": data.name,
         "fingerprint": data.fingerprint,
@@ -112,47 +117,21 @@ def make_record(
     device: torch.device,
 ) -> Record:
     """Everything about one finished run, as JSON holds it."""
-    examples = outcomes.examples
-    n = len(examples.labels)
-    clean, robust = examples.clean_correct.sum(), examples.robust_correct.sum()
-    # Of a random victim what most draws say: single ones differ without any attack.
-    broken = examples.attacked & (examples.clean_correct > 0.5) & (examples.robust_correct <= 0.5)
-    sizes = examples.size[broken]
-    detection = measure_detection(examples)
+    rejects = outcomes.examples.clean_rejected.size > 0
     return {
         "version": RECORD_VERSION,
         "run_id": run_id,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "comparability": comparability(settings, data, threat, rejects=detection is not None),
+        "comparability": comparability(settings, data, threat, rejects=rejects),
         "labels": dict(labels),
         "seed": settings["seed"],
-        "n": n,
-        "clean_accuracy": accuracy(examples.clean_correct, examples.clean_draws)._asdict(),
-        "robust_accuracy": accuracy(examples.robust_correct, examples.robust_draws)._asdict(),
-        "accuracy_of_draws": _of_draws(examples),
-        # Fresh draws of a random victim may be right about more images than the first ones were.
-        "attack_success_rate": float(max(0, clean - robust) / clean) if clean else None,
-        "target_success_rate": _target_success(examples),
-        "perturbation": {
-            "norm": threat.norm,
-            "images": int(broken.sum()),
-            "mean": float(sizes.mean()) if len(sizes) else None,
-            "median": float(np.median(sizes)) if len(sizes) else None,
-            "max": float(sizes.max()) if len(sizes) else None,
-        },
+        **measured(outcomes, threat.norm, data.num_classes, calibration or {}),
         "randomized": judging.randomized,
         "judge_draws": judging.draws,
-        "metrics": measure(examples, data.num_classes),
         "learned": dict(learned),
         "certified": None if certified is None else dict(certified),
-        "detection": None if detection is None else {**(calibration or {}), **detection},
         "eot": None if averaged is None else dict(averaged),
         "preparation_passes": dict(preparation),
-        "passes_per_attacked_image": {
-            "forward": outcomes.forward_passes,
-            "backward": outcomes.backward_passes,
-        },
-        "radii_at_once": outcomes.radii_at_once,
         "attack_report": dict(report),
         "seconds": {
             "training": trained.seconds,
@@ -160,7 +139,6 @@ def make_record(
             "attack": outcomes.attack_seconds,
             "judge": outcomes.judge_seconds,
         },
-        "batch_size": outcomes.batch_size,
         "flags": [asdict(check) for check in flags(checks)],
         "audit": {"level": settings["audit"]["level"], "checks": [asdict(c) for c in checks]},
         "dataset": {
@@ -185,7 +163,46 @@ def make_record(
             "warnings": list(trained.warnings),
         },
         "environment": environment(device),
-        "config": {key: value for key, value in settings.items() if key != "paths"},
+        "config": {key: value for key, value in settings.items() if key not in AROUND},
+    }
+
+
+def measured(
+    outcomes: Outcomes, norm: Norm, classes: int, calibration: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a record says of the images that were attacked, and nothing else decides.
+
+    `calibration` is what a detector says of itself.
+    """
+    examples = outcomes.examples
+    clean, robust = examples.clean_correct.sum(), examples.robust_correct.sum()
+    # Of a random victim what most draws say: single ones differ without any attack.
+    broken = examples.attacked & (examples.clean_correct > 0.5) & (examples.robust_correct <= 0.5)
+    sizes = examples.size[broken]
+    detection = measure_detection(examples)
+    return {
+        "n": len(examples.labels),
+        "clean_accuracy": accuracy(examples.clean_correct, examples.clean_draws)._asdict(),
+        "robust_accuracy": accuracy(examples.robust_correct, examples.robust_draws)._asdict(),
+        "accuracy_of_draws": _of_draws(examples),
+        # Fresh draws of a random victim may be right about more images than the first ones were.
+        "attack_success_rate": float(max(0, clean - robust) / clean) if clean else None,
+        "target_success_rate": _target_success(examples),
+        "perturbation": {
+            "norm": norm,
+            "images": int(broken.sum()),
+            "mean": float(sizes.mean()) if len(sizes) else None,
+            "median": float(np.median(sizes)) if len(sizes) else None,
+            "max": float(sizes.max()) if len(sizes) else None,
+        },
+        "metrics": measure(examples, classes),
+        "detection": None if detection is None else {**calibration, **detection},
+        "passes_per_attacked_image": {
+            "forward": outcomes.forward_passes,
+            "backward": outcomes.backward_passes,
+        },
+        "radii_at_once": outcomes.radii_at_once,
+        "batch_size": outcomes.batch_size,
     }
 
 
