@@ -41,8 +41,10 @@ def wilson_limits(successes: ArrayLike, n: ArrayLike) -> tuple[Floats, Floats]:
     """The limits of `wilson` for many proportions at once; n is 1 or more."""
     from statsmodels.stats.proportion import proportion_confint
 
-    low, high = proportion_confint(np.rint(successes), np.asarray(n), alpha=0.05, method="wilson")
-    return np.clip(low, 0, 1), np.clip(high, 0, 1)
+    counts, of = np.rint(successes), np.asarray(n)
+    low, high = proportion_confint(counts, of, alpha=0.05, method="wilson")
+    # What rounding leaves beside 0 and 1 would be read as evidence.
+    return np.where(counts == 0, 0.0, low), np.where(counts == of, 1.0, high)
 
 
 def clopper_pearson(successes: int, n: int) -> Interval:
