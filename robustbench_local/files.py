@@ -8,22 +8,38 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, which becomes `path` when the body has ended.
+def atomic_paths(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Yield a temporary path for each, beside it, which becomes that path when the body has ended.
 
-    The folder is created. The file reaches the disk before it gets its name, and it is removed
-    where the body raises, `KeyboardInterrupt` included; `path` is then as it was. The temporary
-    name ends in `.tmp`: write through an open file where a library goes by the suffix.
+    Folders are created. All files reach the disk before the first gets its name, and they get their
+    names in order. The temporary ones are removed where the body raises, `KeyboardInterrupt`
+    included; the paths are then as they were. Temporary names end in `.tmp`: write through an open
+    file where a library goes by the suffix. An `OSError` names a file: of a full disk it would not.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    token = f"{os.getpid()}-{secrets.token_hex(4)}"
+    temporaries = tuple(path.with_name(f".{path.name}.{token}.tmp") for path in paths)
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporaries
+        for temporary in temporaries:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(paths[-1])
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """`atomic_paths` for one file."""
+    with atomic_paths(path) as (temporary,):
+        yield temporary
 
 
 def remove_leftovers(path: Path) -> None:

@@ -132,6 +132,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much of a benchmark to run: little in CI, more for figures that are published."""
     parser.addoption("--pixel-images", type=int, default=3, help="images of the one-pixel races")
+    parser.addoption("--fold-records", type=int, default=0, help="records of the large leaderboard")
 
 
 @pytest.fixture(autouse=True)

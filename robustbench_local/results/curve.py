@@ -7,7 +7,9 @@ from pathlib import Path
 from robustbench_local.files import atomic_path
 from robustbench_local.identity import content_id
 from robustbench_local.results.leaderboard import strongest, victim_of
+from robustbench_local.results.statistics import Interval
 from robustbench_local.results.store import Record, Store
+from robustbench_local.results.summary import Summary, summarise
 
 _ALONE = ("dataset", "model", "train", "defense", "norm", "access", "awareness")
 
@@ -25,9 +27,9 @@ def draw_curve(store: Store, records: Sequence[Record]) -> Path:
 
     first = records[0]
     kin = [record for record in store.all() if _kinship(record) == _kinship(first)]
-    lines: dict[str, dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    lines: dict[str, dict[float, list[Summary]]] = defaultdict(lambda: defaultdict(list))
     for record in sorted(kin, key=lambda record: str(record["finished"])):
-        lines[record["labels"]["attack"]][record["labels"]["epsilon"]].append(record)
+        lines[record["labels"]["attack"]][record["labels"]["epsilon"]].append(summarise(record))
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -35,10 +37,10 @@ def draw_curve(store: Store, records: Sequence[Record]) -> Path:
     for attack in sorted(lines):
         points = lines[attack]
         radii = [0.0, *sorted(radius for radius in points if radius > 0)]
-        accuracies = [first["clean_accuracy"]]
-        accuracies += [strongest(points[radius])["robust_accuracy"] for radius in radii[1:]]
-        (line,) = axes.plot(radii, [a["value"] for a in accuracies], marker="o", label=attack)
-        low, high = ([a[end] for a in accuracies] for end in ("low", "high"))
+        accuracies = [Interval(**first["clean_accuracy"])]
+        accuracies += [strongest(points[radius]).robust for radius in radii[1:]]
+        values, low, high = zip(*accuracies, strict=True)
+        (line,) = axes.plot(radii, values, marker="o", label=attack)
         axes.fill_between(radii, low, high, alpha=0.2, color=line.get_color())
     labels = first["labels"]
     axes.set_xlabel(f"epsilon ({labels['norm']}, pixel units)")

@@ -1,32 +1,37 @@
 """The leaderboard: folded from the records, never edited, replaced as a whole."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from robustbench_local.evaluation.audit import OF_THE_ATTACK
 from robustbench_local.files import atomic_path, remove_leftovers
-from robustbench_local.results.statistics import Interval, wilson
+from robustbench_local.identity import PACKAGE
+from robustbench_local.results.doubts import RANKING_ATTACKS, starred
+from robustbench_local.results.lines import ENDS, MEASURES, Intervals, Line, line_of, strongest
+from robustbench_local.results.ranking import ranks
 from robustbench_local.results.store import Record, Store
+from robustbench_local.results.summary import ROW, Summary, summarise, victim_of
+from robustbench_local.results.worst_case import per_image
 
 if TYPE_CHECKING:
     import pandas as pd
 
-RANKING_ATTACKS = frozenset({"standard", "autoattack"})
-"""A row is ranked only with one of these among its attacks; PGD alone is provisional."""
+__all__ = [
+    "RANKING_ATTACKS", "ROW", "fold", "starred", "strongest", "victim_of", "worst_case",
+    "write_leaderboard",
+]  # fmt: skip
 
-ROW = ("dataset", "model", "train", "defense", "norm", "epsilon", "access", "awareness")
-"""What names a line of the leaderboard, beside its comparability key."""
-
-_ENDS = ("", "_low", "_high")
-
-_SAMPLE_SIZES = frozenset(
-    {"images", "passes", "sample", "black_box_queries", "noise_draws", "frozen_images"}
+REFERENCE = next(
+    folder
+    for folder in (PACKAGE / "reference", PACKAGE.parent / "results" / "reference")
+    if folder.is_dir() or folder.parent != PACKAGE
 )
-"""Settings of an audit of which more is closer."""
+"""The results folder that is shipped: in the wheel, or in a checkout."""
+
+
+_SECONDS = ("training_seconds", "attack_seconds")
 
 
 def write_leaderboard(store: Store) -> Path:
@@ -45,207 +50,67 @@ def fold(store: Store) -> "pd.DataFrame":
     """One line per (dataset, model, training, defense, threat, awareness), best first.
 
     Sorted by worst case within a comparability key. Accuracies are fractions with their 95%
-    limits; an attack that the line has not met is empty.
+    limits; an attack that the line has not met is empty. Of the shipped records those lines are
+    there, as of origin `reference`, that are comparable with a local one. Columns: README.
     """
     import pandas as pd  # not at the top: a run that is refused does without
 
-    records = list(store.all())
-    rows: dict[tuple[str, ...], list[Record]] = defaultdict(list)
-    for record in records:
-        labels = record["labels"]
-        rows[(record["comparability"], *(str(labels[key]) for key in ROW))].append(record)
-    attacks = sorted({record["labels"]["attack"] for record in records})
-    measures = ["clean_accuracy", "worst_case", *attacks]
-    columns = [*ROW, "status", *(f"{measure}{end}" for measure in measures for end in _ENDS)]
-    columns += ["n", "seeds", "flags", "comparability", "run_ids"]
-    table = pd.DataFrame([_line(store, row) for row in rows.values()], columns=columns)
-    return table.sort_values(
-        ["dataset", "comparability", "worst_case", "clean_accuracy", "model", "defense", "train"],
-        ascending=[True, True, False, False, True, True, True],
-        ignore_index=True,
-    )
-
-
-def _line(store: Store, records: list[Record]) -> dict[str, object]:
-    """Everything known about one defended model under one threat model.
-
-    - Of a seed counts what was measured on its latest weights (`victim_of`).
-    - Of an attack run again the latest counts, but weaker evidence replaces nothing: of runs with
-      other draws of a random victim the lowest robust accuracy counts (`strongest`), and a flag of
-      any of them stands until its check finds nothing (`_standing`).
-    - The seeds that have met every attack of the line count, and are averaged; while none has, all
-      do, `worst_case` is that of the worst seed, and the line is `incomplete`. So `worst_case`, per
-      example over the attacks of a seed and then averaged, is never above any attack's column. The
-      limits stay those of one test set, the widest of any seed.
-    """
-    runs = _runs(records)
-    attacks = sorted({attack for met in runs.values() for attack in met})
-    complete = {seed: met for seed, met in runs.items() if len(met) == len(attacks)}
-    counted = complete or runs
-    cells = {
-        seed: {attack: strongest(same) for attack, same in met.items()}
-        for seed, met in counted.items()
-    }
-    used = [record for cell in cells.values() for record in cell.values()]
-    doubts = [
-        doubt for met in counted.values() for same in met.values() for doubt in _standing(same)
-    ]
-
-    first = used[0]
-    line: dict[str, object] = {key: first["labels"][key] for key in ROW}
-    line |= {"n": first["n"], "comparability": first["comparability"]}
-    line["seeds"] = " ".join(map(str, sorted(counted)))
-    behind = [*used, *(doubt.record for doubt in doubts if doubt.flag["severe"])]
-    line["run_ids"] = " ".join(sorted({record["run_id"] for record in behind}))
-    line["flags"] = starred(doubt.flag for doubt in doubts)
-    ranking = any(record["labels"]["attack"] in RANKING_ATTACKS for record in used)
-    withheld = any(_is_withheld(met) for met in counted.values())
-    line["status"] = _status(ranking=ranking, complete=bool(complete), withheld=withheld)
-
-    def put(measure: str, interval: Interval) -> None:
-        line.update(zip((f"{measure}{end}" for end in _ENDS), interval, strict=True))
-
-    put("clean_accuracy", _mean([next(iter(c.values()))["clean_accuracy"] for c in cells.values()]))
-    for attack in attacks:
-        met_by = [cell[attack] for cell in cells.values() if attack in cell]
-        put(attack, _mean([record["robust_accuracy"] for record in met_by]))
-    worst = [worst_case(store, list(cell.values())) for cell in cells.values()]
-    value = float(np.mean(worst) if complete else np.min(worst))
-    put("worst_case", wilson(value * first["n"], first["n"]))
-    return line
-
-
-def _mean(accuracies: Sequence[Mapping[str, float]]) -> Interval:
-    """The mean over the seeds, with the limits of the seed whose interval is the widest."""
-    mean = float(np.mean([each["value"] for each in accuracies]))
-    widest = max(accuracies, key=lambda each: each["high"] - each["low"])
-    moved = mean - widest["value"]
-    return Interval(mean, max(0.0, widest["low"] + moved), min(1.0, widest["high"] + moved))
-
-
-def _runs(records: Sequence[Record]) -> dict[int, dict[str, list[Record]]]:
-    """For each seed and attack its runs on the latest weights of the seed, in order of time."""
-    runs: dict[int, dict[str, list[Record]]] = {}
-    for record in sorted(records, key=lambda record: str(record["finished"])):
-        met = runs.setdefault(record["seed"], {})
-        if any(victim_of(other[-1]) != victim_of(record) for other in met.values()):
-            met.clear()
-        met.setdefault(record["labels"]["attack"], []).append(record)
-    return runs
-
-
-def victim_of(record: Record) -> tuple[str, ...]:
-    """The hashes of all weights: those of the network, and of what its defense learned itself."""
-    learned = record.get("learned", {})
-    return (record["weights"]["sha256"], *(learned[name]["sha256"] for name in sorted(learned)))
-
-
-def strongest(runs: Sequence[Record]) -> Record:
-    """What counts of one attack on one victim; `runs` are in order of time.
-
-    The latest, unless runs differ in the draws of a random victim, by the judge or averaged by the
-    attack, which no label names: then the lowest robust accuracy among the latest of each.
-    """
-    latest = {
-        (record["judge_draws"], (record.get("eot") or {}).get("samples")): record for record in runs
-    }
-    return min(latest.values(), key=lambda record: float(record["robust_accuracy"]["value"]))
-
-
-class _Doubt(NamedTuple):
-    """A flag, and the record that raised it."""
-
-    flag: Mapping[str, Any]
-    record: Record
-
-
-def _standing(runs: Sequence[Record]) -> list[_Doubt]:
-    """The flags of one attack on one victim, run several times; in order of time.
-
-    A flag stands until a later run makes the check as closely and finds nothing; a check that was
-    left out takes nothing back. A severe finding is not replaced by a mild one.
-    """
-    standing: dict[str, _Doubt] = {}
-    for record in runs:
-        for name in _cleared(record):
-            if name in standing and _looks_as_closely(record, standing[name].record):
-                del standing[name]
-        for flag in record["flags"]:
-            if flag["severe"] or flag["name"] not in standing:
-                standing[flag["name"]] = _Doubt(flag, record)
-    return list(standing.values())
-
-
-def _cleared(record: Record) -> set[str]:
-    """The checks that were made and found nothing; records before version 4 do not say."""
-    checks = record.get("audit", {}).get("checks", [])
-    return {check["name"] for check in checks if check["raised"] is False}
-
-
-def _looks_as_closely(later: Record, earlier: Record) -> bool:
-    """Whether the audit of a run had the settings of an earlier one, or larger samples."""
-    now, then = (record["config"].get("audit", {}) for record in (later, earlier))
-    return all(
-        now.get(key) == value or (key in _SAMPLE_SIZES and now.get(key, 0) > value)
-        for key, value in then.items()
-        if key != "level"
-    )
-
-
-def _is_withheld(met: Mapping[str, Sequence[Record]]) -> bool:
-    """Whether a severe doubt about a seed, by its attacks, is unanswered.
-
-    A doubt about one attack is answered by a ranking one that no severe flag doubts, and that was
-    found free of this very doubt.
-    """
-    severe = {
-        attack: {doubt.flag["name"] for doubt in _standing(runs) if doubt.flag["severe"]}
-        for attack, runs in met.items()
-    }
-    trusted = [attack for attack in met if attack in RANKING_ATTACKS and not severe[attack]]
-    cleared = {name for attack in trusted for record in met[attack] for name in _cleared(record)}
-    return not set().union(*severe.values()) <= cleared & OF_THE_ATTACK
-
-
-def starred(flags: Iterable[Mapping[str, Any]]) -> str:
-    """The names of flags, each once, with a star where one of that name is severe."""
-    severe: dict[str, bool] = {}
-    for flag in flags:
-        severe[flag["name"]] = severe.get(flag["name"], False) or flag["severe"]
-    return " ".join(f"{name}*" if severe[name] else name for name in sorted(severe))
-
-
-def _status(*, ranking: bool, complete: bool, withheld: bool) -> str:
-    if withheld:
-        return "withheld"
-    if not complete:
-        return "incomplete"
-    return "ranked" if ranking else "provisional"
+    lines = list(_lines(store))
+    attacks = sorted({attack for line in lines for attack in line.accuracies} - {*MEASURES})
+    spread = ["worst_case_sd", "worst_case_worst_seed"]
+    measures = [f"{measure}{end}" for measure in MEASURES for end in ENDS]
+    columns = [*ROW, "origin", "rank", "status", *measures, *spread]
+    columns += [f"{attack}{end}" for attack in attacks for end in ENDS]
+    columns += ["n", "seeds", "queries", *_SECONDS, "parameters"]
+    columns += ["flags", "comparability", "run_ids"]
+    table = pd.DataFrame([line.cells() for line in lines], columns=columns)
+    whole, real = ("rank", "parameters"), ("worst_case_sd", "queries", *_SECONDS)
+    table = table.astype({**dict.fromkeys(whole, "Int64"), **dict.fromkeys(real, "float64")})
+    return table.sort_values(["dataset", "comparability"], kind="stable", ignore_index=True)
 
 
 def worst_case(store: Store, records: Sequence[Record]) -> float:
-    """Per example over the attacks, then averaged; never above the strongest attack's mean.
+    """The mean over the images of `worst_case.per_image`, of attacks on one victim."""
+    return float(per_image(store, [summarise(record) for record in records]).mean())
 
-    Of a random victim the least of several noisy shares is luck, which would grow with every attack
-    added: the attack of each image is chosen on one half of the judge's draws and scored on the
-    other, and the other way round. Where no two draws of each attack are recorded, the strongest
-    attack's mean stands.
-    """
-    outcomes = [store.examples(record["run_id"]) for record in records]
-    for other in outcomes[1:]:
-        if not np.array_equal(other.indices, outcomes[0].indices):
-            raise RuntimeError("records with one comparability key hold different test images")
-    robust = np.array([outcome.robust_correct for outcome in outcomes])
-    # Records from before it was told have several draws of random victims only.
-    if not any(record.get("randomized", record["judge_draws"] > 1) for record in records):
-        return float(robust.min(axis=0).mean())
-    strongest = float(robust.mean(axis=1).min())
-    if any(outcome.robust_draws.shape[1] < 2 for outcome in outcomes):
-        return strongest
-    even, odd = (
-        np.array([outcome.robust_draws[:, first::2].mean(axis=1) for outcome in outcomes])
-        for first in (0, 1)
-    )
-    images = np.arange(robust.shape[1])
-    crossed = (odd[even.argmin(axis=0), images] + even[odd.argmin(axis=0), images]) / 2
-    return min(strongest, float(crossed.mean()))
+
+def _lines(store: Store) -> Iterator[Line]:
+    """All lines, those of one comparability key together, best first and with their ranks."""
+    is_reference = store.folder.resolve() == REFERENCE.resolve()
+    shipped = Store(REFERENCE, repairs=False)
+    tables: dict[str, list[tuple[Store, list[Summary]]]] = defaultdict(list)
+    for row in _rows(store.summaries()):
+        tables[row[0].comparability].append((store, row))
+    if tables and not is_reference:
+        known = {run.run_id for rows in tables.values() for _, row in rows for run in row}
+        for row in _rows(_shipped(REFERENCE)):
+            copied = known.issuperset(run.run_id for run in row)
+            if row[0].comparability in tables and not copied:
+                tables[row[0].comparability].append((shipped, row))
+    intervals = Intervals()
+    for rows in tables.values():
+        lines = [
+            line_of(of, row, "reference" if is_reference or of is shipped else "local", intervals)
+            for of, row in rows
+        ]
+        lines.sort(key=lambda line: line.place)
+        ranked = [line for line in lines if line.fields["status"] == "ranked"]
+        for line, rank in zip(ranked, ranks([line.outcomes for line in ranked]), strict=True):
+            line.fields["rank"] = rank
+        for line in lines:
+            line.outcomes = []  # those of all tables at once would be the most of what is held
+            yield line
+
+
+@cache
+def _shipped(folder: Path) -> tuple[Summary, ...]:
+    """The shipped records: of the runs of a process only the first waits for them."""
+    return tuple(Store(folder, repairs=False).summaries())
+
+
+def _rows(runs: Iterable[Summary]) -> list[list[Summary]]:
+    """The runs of each line."""
+    rows: dict[tuple[str, ...], list[Summary]] = defaultdict(list)
+    for run in runs:
+        rows[(run.comparability, *map(str, run.row))].append(run)
+    return list(rows.values())

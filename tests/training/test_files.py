@@ -1,9 +1,12 @@
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from robustbench_local.files import atomic_path, remove_leftovers, set_aside
+from robustbench_local.files import atomic_path, atomic_paths, remove_leftovers, set_aside
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -29,6 +32,26 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
 def test_a_body_that_writes_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a"):
         pass
+
+
+def test_several_files_appear_together_or_not_at_all(tmp_path):
+    paths = [tmp_path / name for name in ("a.npz", "a.json")]
+    for path in paths:
+        path.write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_paths(*paths) as (first, _):
+        first.write_text("new")  # and nothing to the second
+    assert [path.read_text() for path in paths] == ["old", "old"]
+    with atomic_paths(*paths) as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("new")
+    assert [path.read_text() for path in paths] == ["new", "new"]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left") as failure, atomic_path(tmp_path / "a.csv"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert failure.value.filename == str(tmp_path / "a.csv")
 
 
 def test_npz_and_safetensors(tmp_path):

@@ -1,0 +1,46 @@
+"""Records of older versions, brought up to the version of today step by step, in memory alone."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+RECORD_VERSION = 5
+"""What is written. Versions from `OLDEST` are read."""
+
+OLDEST = 3
+
+
+def migrate(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with everything that was added since its version; what is told is never changed.
+
+    An addition is what it would have been where that is known, and else null or empty, which every
+    reader takes for "was not asked then". The file itself stays as it is.
+    """
+    while record["version"] < RECORD_VERSION:
+        record = _STEPS[record["version"]](record)
+    return record
+
+
+def _to_4(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics, and what was learned, proved, averaged and audited."""
+    added = {
+        "metrics": None,
+        "learned": {},
+        "certified": None,
+        "eot": None,
+        "audit": {"level": "cheap", "checks": []},
+    }
+    return {**added, **record, "version": 4}
+
+
+def _to_5(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What came while the version was 4, and the checksum, which nobody can make up afterwards."""
+    added = {
+        # Before it was told, several draws were made of random victims only.
+        "randomized": record["judge_draws"] > 1,
+        "accuracy_of_draws": None,
+        "detection": None,
+    }
+    return {**added, **record, "version": 5}
+
+
+_STEPS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {3: _to_4, 4: _to_5}

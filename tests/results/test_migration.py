@@ -1,0 +1,59 @@
+"""Records of older versions, from files as they were written then."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from robustbench_local.results import Store, fold
+from robustbench_local.results.migration import OLDEST, RECORD_VERSION, migrate
+from robustbench_local.results.report import doubts
+
+FIXTURES = Path(__file__).parent / "fixtures"
+VERSIONS = range(OLDEST, RECORD_VERSION)
+
+
+def old(version):
+    store = Store(FIXTURES / f"version{version}", repairs=False)
+    (found,) = store.all()
+    return store, found
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_older_record_loads_with_its_numbers_and_what_it_lacks(version):
+    store, found = old(version)
+    examples = store.examples(found["run_id"])
+    assert found["version"] == RECORD_VERSION
+    assert found["n"] == len(examples.labels) == 12
+    assert found["robust_accuracy"]["value"] == examples.robust_correct.mean() == 0.5
+    assert (found["randomized"], found["detection"], found["accuracy_of_draws"]) == (
+        False, None, None,
+    )  # fmt: skip
+    if version == 3:
+        assert (found["learned"], found["metrics"], found["eot"]) == ({}, None, None)
+        assert examples.clean_probabilities.shape == (12, 0)
+    assert any("subset" in sentence for sentence in doubts(found))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_older_record_is_a_line_of_the_leaderboard(version):
+    store, found = old(version)
+    (line,) = fold(store).query("origin == 'local'").to_dict("records")
+    assert (line["run_ids"], line["worst_case"], line["pgd"]) == (found["run_id"], 0.5, 0.5)
+    assert line["queries"] == found["passes_per_attacked_image"]["forward"] > 1
+    assert line["parameters"] == found["weights"]["parameters"] > 1000
+
+
+def test_the_examples_of_an_older_record_are_checked_when_it_is_folded(tmp_path):
+    shutil.copytree(FIXTURES / "version4", tmp_path, dirs_exist_ok=True)
+    (path,) = tmp_path.rglob("*.npz")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.warns(UserWarning, match="its examples are damaged; set aside"):
+        assert "local" not in set(fold(Store(tmp_path))["origin"])
+
+
+def test_nothing_that_is_told_is_changed():
+    told = {"version": 3, "judge_draws": 10, "learned": {"x": 1}, "randomized": False, "eot": 7}
+    assert migrate(told) | told == migrate(told) | {"version": 3}
+    assert migrate({"version": 4, "judge_draws": 10})["randomized"] is True
+    assert migrate({"version": RECORD_VERSION, "only": 1}) == {"version": RECORD_VERSION, "only": 1}
