@@ -3,14 +3,16 @@
 import inspect
 import io
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -96,9 +98,14 @@ def reproduce(results: Path, word: str, *, data: Path, cache: Path, changes: Seq
     print_title(told, console)
     for note in notes:
         errors.print(f"[yellow]note[/yellow] {escape(note)}", soft_wrap=True, highlight=False)
-    again, examples = _run(config, labels, data, cache)
+    trained = any(cache.expanduser().rglob(f"{record['weights']['key']}*"))
+    with _threads(record.get("environment", {}).get("threads")):
+        again, examples = _run(config, labels, data, cache)
     outcome = compare_records(record, again, recorded, examples)
     _tell(outcome, record, again, console)
+    if trained:
+        told = f"its weights lay in {cache} and were not trained again; --cache DIR trains them too"
+        console.print(told, markup=False, soft_wrap=True, highlight=False)
     return outcome.exit_code
 
 
@@ -141,9 +148,13 @@ def stored_config(record: Record, changes: Sequence[str]) -> tuple[dict[str, Any
     config = json.loads(json.dumps(OmegaConf.to_container(changed)))
     notes: list[str] = []
     template = _template(config)
-    for key in sorted(set(config) - set(template)):
-        del config[key]
-        notes.append(f"{key} is a key that this version does not know any more: it is left out")
+    for place, node, known in (
+        ("", config, template),
+        ("train.", config["train"], template["train"]),
+    ):
+        for key in sorted(set(node) - set(known)):
+            del node[key]
+            notes.append(f"{place}{key} is a key that is not known any more: it is left out")
     _fill(config, template, "", notes)
     _drop_unknown(config, "", notes)
     return config, notes
@@ -245,9 +256,22 @@ def _drop_unknown(node: Any, place: str, notes: list[str]) -> None:
         own |= {"checkpoint", "mean", "std"} if place == "model" else set()
         for key in sorted(set(node) - own) if accepted and not anything else []:
             del node[key]
-            notes.append(f"{place}.{key} is a key that {name} does not know any more: left out")
+            notes.append(
+                f"{place}.{key} is a key that {name} does not know any more: it is left out"
+            )
     for key, child in node.items():
         _drop_unknown(child, f"{place}.{key}" if place else key, notes)
+
+
+@contextmanager
+def _threads(recorded: int | None) -> Iterator[None]:
+    """As many threads as the record had, where there are so many: sums are rounded as they were."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(recorded or before, os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run(
@@ -264,12 +288,15 @@ def _run(
         choices = Choices({"attack": labels["attack"]}, (), labels)
         try:
             with redirect_stdout(io.StringIO()):
-                (record,) = run(whole, choices)
+                (made,) = run(whole, choices)
         except UserError as error:
             raise UserError(_as_option(str(error))) from None
         except EXPECTED as error:
             raise UserError(sentence(error, CONF)) from None
-        return record, Store(Path(folder)).examples(record["run_id"])
+        store = Store(Path(folder))
+        record = store.find(made["run_id"])  # as JSON holds it
+        assert record is not None
+        return record, store.examples(made["run_id"])
 
 
 def _as_option(told: str) -> str:
