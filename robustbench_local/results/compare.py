@@ -56,7 +56,7 @@ def _comparable(one: Side, two: Side, *, anyway: bool) -> list[str]:
         raise UserError(
             f"{pair} were measured on other test images ({first['n']:,} of "
             f"{first['labels']['dataset']}, {second['n']:,} of {second['labels']['dataset']}); "
-            "expected the same: run one again with the other's dataset"
+            "expected the same: run one of them again with the dataset of the other, or type two others"
         )
     for key in ("norm", "epsilon", "access"):
         values = [record["labels"][key] for record in (first, second)]
@@ -90,7 +90,7 @@ def _comparable(one: Side, two: Side, *, anyway: bool) -> list[str]:
         raise UserError(
             f"{pair} were judged by other rules or on other training data (their comparability is "
             f"{first['comparability']} and {second['comparability']}); expected the same: run one "
-            "of them again"
+            "of them again, or type two others"
         )
     if one.attacks != two.attacks and not all(_names_attack(each) for each in (one, two)):
         told = f"{pair} have met other attacks ({', '.join(one.attacks)}; {', '.join(two.attacks)})"

@@ -73,7 +73,7 @@ def one_record(store: Store, word: str) -> Record:
     told = f"; near are {', '.join(near)}: type one of them" if near else ""
     raise UserError(
         f"no run in {store.folder} begins with {word or 'nothing'}"
-        + (told or f"; expected a run id, as a run prints it: ls {store.records} shows all")
+        + (told or f"; expected a run id, as a run prints it: type ls {store.records}")
     )
 
 
