@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from robustbench_local.errors import UserError
 
@@ -203,8 +203,7 @@ def _merge(chosen: argparse.Namespace) -> int:
 
     store, console = Store(chosen.results), output()
     with _telling(_errors()):
-        merge: Any = store.__getattribute__("merge")
-        report = merge(chosen.other.expanduser())
+        report = store.merge(chosen.other.expanduser())
     told = (
         f"{len(report.added)} added, {len(report.duplicates)} there already, "
         f"{len(report.conflicts)} in conflict, {len(report.damaged)} damaged"

@@ -56,7 +56,7 @@ def _comparable(one: Side, two: Side, *, anyway: bool) -> list[str]:
         raise UserError(
             f"{pair} were measured on other test images ({first['n']:,} of "
             f"{first['labels']['dataset']}, {second['n']:,} of {second['labels']['dataset']}); "
-            "expected the same: run one of them again with the dataset of the other, or type two others"
+            "expected the same: run one again with the data of the other, or type two others"
         )
     for key in ("norm", "epsilon", "access"):
         values = [record["labels"][key] for record in (first, second)]

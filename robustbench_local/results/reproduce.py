@@ -441,8 +441,8 @@ def _verdict(outcome: Outcome) -> str:
         return f"NOT REPRODUCED: {told}, and an accuracy lies outside its recorded interval"
     if outcome.elsewhere:
         return (
-            f"REPRODUCED WITHIN THE INTERVALS: {told}, which another machine or other packages "
-            "explain; every accuracy lies within its recorded interval"
+            f"REPRODUCED WITHIN THE INTERVALS: {told}, as happens on another machine or with other "
+            "packages; every accuracy lies within its recorded interval"
         )
     return (
         f"NOT REPRODUCED: {told} on the same kind of machine with the same packages, although "

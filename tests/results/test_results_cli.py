@@ -384,3 +384,17 @@ def test_what_a_comparison_prints_survives_a_narrow_terminal(store, cli, monkeyp
 def test_the_table_itself_can_be_exported_without_a_rank_column(nasty):
     assert exported(nasty.drop(columns="rank", errors="ignore"), "md").startswith("| dataset |")
     assert Console  # of rich, which the command prints with
+
+
+def test_merging_tells_what_became_of_each_record(store, cli, monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    add(store, "a1", [1, 0])
+    report = SimpleNamespace(added=["x"], duplicates=["a1"], conflicts=[], damaged=["d.json: torn"])
+    monkeypatch.setattr(Store, "merge", lambda _, other: report, raising=False)
+    code, out, _ = cli("merge", str(tmp_path / "other"))
+    assert code == 0 and "1 added, 1 there already, 0 in conflict, 1 damaged" in out
+    assert "damaged: d.json: torn" in out and (store.folder / "leaderboard.csv").exists()
+    report.conflicts = [("a1", "n is 2 here and 3 there")]
+    code, out, _ = cli("merge", str(tmp_path / "other"))
+    assert code == 1 and "conflict: run a1: n is 2 here and 3 there" in out
