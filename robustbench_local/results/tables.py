@@ -92,7 +92,11 @@ def _wide(group: "pd.DataFrame", attacks: Sequence[str]) -> Table:
     table = Table()
     ranked = "rank" in group.columns
     for name in [*(["rank"] if ranked else []), "defense", "model", "train"]:
-        table.add_column(name, overflow="fold")
+        longest = max(
+            len(part) for each in group[name] for part in _breaking(str(each)).split("\n")
+        )
+        # Rich would break the names of defenses within a word, to leave room for longer columns.
+        table.add_column(name, overflow="fold", no_wrap=name == "defense" and longest <= 30)
     for name in ("clean", "worst case"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("attacks", "seeds", "status", "flags"):
@@ -123,8 +127,8 @@ def _narrow(group: "pd.DataFrame", attacks: Sequence[str]) -> Table:
 
 
 def _breaking(name: str) -> str:
-    """A name of several parts, with places to break it at."""
-    return name.replace("+", " + ")
+    """A name of several parts, each on a line."""
+    return name.replace("+", "\n+ ")
 
 
 def _met(line: "pd.Series[Any]", attacks: Sequence[str]) -> str:
