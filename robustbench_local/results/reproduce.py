@@ -33,6 +33,9 @@ _NO_NUMBERS = frozenset(
 )  # fmt: skip
 """Keys, anywhere in a record, that say when, where and how, and not what was measured."""
 
+_AROUND = frozenset({"force", "shard", "threads", "tracking"})
+"""Settings that no number depends on and records do not hold: filled without a word."""
+
 _MACHINE = ("device", "device_name", "threads", "system", "python", "packages")
 """Of the environment, what explains that sums are rounded otherwise. The code's commit does not."""
 
@@ -236,6 +239,8 @@ def _fill(node: dict[str, Any], template: Mapping[str, Any], place: str, notes: 
             if place in ("defense.recipe", "defense.wrap", "defense.regularize"):
                 continue  # a part that the record has not, or not there
             node[key] = value
+            if name in _AROUND:
+                continue
             notes.append(f"{name} is newer than the record: it is filled with its default, {value}")
         elif isinstance(node[key], dict) and isinstance(value, Mapping) and "kwargs" not in name:
             _fill(node[key], value, name, notes)

@@ -105,7 +105,7 @@ def _wide(group: "pd.DataFrame", attacks: Sequence[str]) -> Table:
         cells = [_text(line["rank"])] if ranked else []
         cells += [_breaking(str(line[key])) for key in ("defense", "model", "train")]
         cells += [_share(line["clean_accuracy"]), _with_interval(line, "worst_case")]
-        cells += [_met(line, attacks), _text(line["seeds"]), _text(line["status"])]
+        cells += [_met(line, attacks), _text(line["seeds"]), _status(line)]
         table.add_row(*(escape(cell) for cell in (*cells, _text(line["flags"]))))
     return table
 
@@ -118,8 +118,8 @@ def _narrow(group: "pd.DataFrame", attacks: Sequence[str]) -> Table:
         victim = [f"{key} {_breaking(str(line[key]))}" for key in ("defense", "model", "train")]
         if "rank" in group.columns and _text(line["rank"]):
             victim.insert(0, f"rank {_text(line['rank'])}")
-        victim += [f"{key} {_text(line[key])}" for key in ("seeds", "status", "flags")
-                   if _text(line[key])]  # fmt: skip
+        about = {"seeds": line["seeds"], "status": _status(line), "flags": line["flags"]}
+        victim += [f"{key} {value}" for key, value in about.items() if _text(value)]
         figures = [f"clean {_share(line['clean_accuracy'])}"]
         figures += [f"worst case {_with_interval(line, 'worst_case')}", _met(line, attacks)]
         table.add_row(escape("\n".join(victim)), escape("\n".join(figures)))
@@ -140,6 +140,12 @@ def _text(value: object) -> str:
     import pandas as pd
 
     return "" if pd.isna(value) else str(value)  # type: ignore[call-overload]
+
+
+def _status(line: "pd.Series[Any]") -> str:
+    """With where the line comes from, unless its records are in this folder."""
+    origin = line.get("origin", "local")
+    return _text(line["status"]) + ("" if origin == "local" else f" ({origin})")
 
 
 def _share(value: Any) -> str:
@@ -184,8 +190,10 @@ def _printed(table: "pd.DataFrame") -> "pd.DataFrame":
         columns[key] = table[key].map(radius_in_words if key == "epsilon" else _text)
     for name in ("clean_accuracy", "worst_case", *attacks_of(table)):
         columns[name] = table.apply(_with_interval, axis=1, name=name)
-    for key in ("n", "seeds", "status", "flags"):
+    for key in ("n", "seeds"):
         columns[key] = table[key].map(_text)
+    columns["status"] = table.apply(_status, axis=1)
+    columns["flags"] = table["flags"].map(_text)
     return pd.DataFrame(columns, dtype=object)
 
 
