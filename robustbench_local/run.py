@@ -73,10 +73,14 @@ def run_from_hydra(config: DictConfig) -> list[Record]:
 
 @dataclass(frozen=True)
 class Choices:
-    """Which file was chosen in each group, and the folders those files lie in."""
+    """Which file was chosen in each group, and the folders those files lie in.
+
+    Of a record that is made again they are not known, but the names of its row, `labels`, are.
+    """
 
     chosen: Mapping[str, str]
     folders: Sequence[Path]
+    labels: Mapping[str, Any] | None = None
 
 
 def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -> list[Record]:
@@ -363,6 +367,8 @@ def prove(
 def name_row(bench: Bench, threat: ThreatModel) -> dict[str, Any]:
     """The names under which the run appears in tables, see `results.leaderboard.ROW`."""
     config, choices, defense = bench.config, bench.choices, bench.defense
+    if choices.labels is not None:
+        return dict(choices.labels)
 
     def named(group: str, choice: str) -> str:
         return choice_label(config, group, choice, choices.folders)

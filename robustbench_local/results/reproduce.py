@@ -1,0 +1,455 @@
+"""A record made again from what it says of itself, and compared number by number."""
+
+import inspect
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from robustbench_local.__main__ import CONF
+from robustbench_local.cli_errors import EXPECTED, sentence
+from robustbench_local.display import output
+from robustbench_local.errors import UserError
+from robustbench_local.evaluation import PerExample
+from robustbench_local.identity import find_object
+from robustbench_local.results.finding import one_record
+from robustbench_local.results.report import print_title, radius_in_words
+from robustbench_local.results.store import Record, Store
+
+_NO_NUMBERS = frozenset(
+    {"version", "run_id", "finished", "labels", "seconds", "environment", "config",
+     "examples_sha256", "examples_bytes", "leaderboard", "input_shape", "split_seed"}
+)  # fmt: skip
+"""Keys, anywhere in a record, that say when, where and how, and not what was measured."""
+
+_AROUND = frozenset({"force", "shard", "threads", "tracking"})
+"""Settings that no number depends on and records do not hold: filled without a word."""
+
+_MACHINE = ("device", "device_name", "threads", "system", "python", "packages")
+"""Of the environment, what explains that sums are rounded otherwise. The code's commit does not."""
+
+_INTERVAL = {None: "no", True: "no; within its interval", False: "no; NOT within its interval"}
+
+_SHOWN = 12
+"""Differences that are printed; the others are counted."""
+
+Leaves = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A number that came out otherwise; `within` its interval, None where it has none."""
+
+    name: str
+    recorded: object
+    now: object
+    within: bool | None = None
+
+
+@dataclass
+class Outcome:
+    """What making a record again has shown."""
+
+    compared: int = 0
+    differences: list[Difference] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """What the record has and this version does not write any more."""
+    elsewhere: list[str] = field(default_factory=list)
+    """How the machine or the packages differ."""
+    code: list[str] = field(default_factory=list)
+    """How the code differs."""
+
+    @property
+    def exact(self) -> bool:
+        """Every number agrees to the last digit."""
+        return not self.differences
+
+    @property
+    def within(self) -> bool:
+        """Every number that has an interval lies within what was recorded."""
+        return all(difference.within is not False for difference in self.differences)
+
+    @property
+    def exit_code(self) -> int:
+        """0 where all agrees, or lies within the intervals on another machine or other packages."""
+        return 0 if self.exact or (self.within and self.elsewhere) else 1
+
+
+def reproduce(results: Path, word: str, *, data: Path, cache: Path, changes: Sequence[str]) -> int:
+    """Run a record again, by its run id or file, and say for every number whether it agrees."""
+    store, record = _found(results, word)
+    recorded = store.examples(record["run_id"])
+    config, notes = stored_config(record, changes)
+    console, errors = output(), Console(stderr=True)
+    labels = record["labels"]
+    told = (
+        f"run {record['run_id']}: {labels['dataset']}, {labels['model']}, defense "
+        f"{labels['defense']}, attack {labels['attack']}, {labels['norm']} "
+        f"{radius_in_words(labels['epsilon'])}, seed {record['seed']}"
+    )
+    print_title(told, console)
+    for note in notes:
+        errors.print(f"[yellow]note[/yellow] {escape(note)}", soft_wrap=True, highlight=False)
+    trained = any(cache.expanduser().rglob(f"{record['weights']['key']}*"))
+    with _threads(record.get("environment", {}).get("threads")):
+        again, examples = _run(config, labels, data, cache)
+    outcome = compare_records(record, again, recorded, examples)
+    _tell(outcome, record, again, console)
+    if trained:
+        told = f"its weights lay in {cache} and were not trained again; --cache DIR trains them too"
+        console.print(told, markup=False, soft_wrap=True, highlight=False)
+    return outcome.exit_code
+
+
+def _found(results: Path, word: str) -> tuple[Store, Record]:
+    file = Path(word).expanduser()
+    if file.suffix != ".json" and len(file.parts) == 1:
+        return (store := Store(results)), one_record(store, word)
+    if not file.is_file():
+        raise UserError(
+            f"{word} is not there; expected a run id or the file of a record: type for example "
+            "reproduce results/reference/records/RUN_ID.json"
+        )
+    if file.absolute().parent.name != "records":
+        raise UserError(
+            f"{word} lies in no folder called records; expected RESULTS/records/RUN_ID.json with "
+            "its .npz beside it: type the file where it was recorded"
+        )
+    store = Store(file.absolute().parents[1])
+    return store, one_record(store, file.with_suffix("").name)
+
+
+def stored_config(record: Record, changes: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The configuration of a record for the code of today, and what had to be done to it.
+
+    Keys that are newer than the record get their defaults; those that are not known any more are
+    left out. `changes` are overrides, `KEY=VALUE`.
+    """
+    from omegaconf import OmegaConf
+
+    config: dict[str, Any] = json.loads(json.dumps(record["config"]))
+    changed: Any = OmegaConf.create(config)
+    for change in changes:
+        key, is_set, _ = change.partition("=")
+        if not is_set or key.partition(".")[0] not in config:
+            raise UserError(
+                f"--set {change} sets nothing; expected KEY=VALUE with a key of the record's "
+                "configuration: type for example --set dataset.path=FILE"
+            )
+        changed.merge_with_dotlist([change])
+    config = json.loads(json.dumps(OmegaConf.to_container(changed)))
+    notes: list[str] = []
+    template = _template(config)
+    for place, node, known in (
+        ("", config, template),
+        ("train.", config["train"], template["train"]),
+    ):
+        for key in sorted(set(node) - set(known)):
+            del node[key]
+            notes.append(f"{place}{key} is a key that is not known any more: it is left out")
+    _fill(config, template, "", notes)
+    _drop_unknown(config, "", notes)
+    return config, notes
+
+
+def _template(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What this version composes for the same choices, which are found by their classes."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    overrides = []
+    for group in ("dataset", "model", "attack", "audit"):
+        name = _nearest(CONF / group, config.get(group, {}))
+        overrides += [f"{group}={name}"] if name else []
+    parts = [
+        name
+        for kind in ("recipe", "regularize", "wrap")
+        for name in config.get("defense", {}).get(kind, {})
+        if (CONF / "defense" / f"{name}.yaml").is_file()
+    ]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            composed = compose("config", [*overrides, f"defense=[{','.join(parts) or 'none'}]"])
+        except HydraException:
+            composed = compose("config", overrides)
+    raw: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]
+    del raw["paths"]
+    # What refers to keys that the record sets itself follows the record.
+    merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.create(dict(config)))
+    return {key: _resolved(merged, key, value) for key, value in raw.items()}
+
+
+def _resolved(merged: Any, place: str, value: Any) -> Any:
+    """The value without references; ??? and what refers to it stay out."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(value, dict):
+        found = {key: _resolved(merged, f"{place}.{key}", child) for key, child in value.items()}
+        return {key: child for key, child in found.items() if child is not _LACKING}
+    if not isinstance(value, str) or not ("${" in value or value == "???"):
+        return value
+    try:
+        given = OmegaConf.select(merged, place, throw_on_missing=True)
+    except OmegaConfBaseException:
+        return _LACKING
+    return OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
+
+
+_LACKING = object()
+
+
+def _nearest(folder: Path, node: Mapping[str, Any]) -> str | None:
+    """The file of a group with the class of `node` that agrees with it in the most keys."""
+    from omegaconf import OmegaConf
+
+    best: tuple[int, str] | None = None
+    for file in sorted(folder.glob("*.yaml")):
+        written: Any = OmegaConf.to_container(OmegaConf.load(file))
+        written = {key: value for key, value in written.items() if key != "defaults"}
+        if written.get("_target_") != node.get("_target_"):
+            continue
+        alike = sum(node.get(key) == value for key, value in written.items())
+        if best is None or alike > best[0]:
+            best = alike, file.stem
+    return best[1] if best else None
+
+
+def _fill(node: dict[str, Any], template: Mapping[str, Any], place: str, notes: list[str]) -> None:
+    """Put the keys of the template that `node` lacks where both are of one class."""
+    if place and node.get("_target_") != template.get("_target_"):
+        return
+    for key, value in template.items():
+        name = f"{place}.{key}" if place else str(key)
+        if key not in node:
+            if place in ("defense.recipe", "defense.wrap", "defense.regularize"):
+                continue  # a part that the record has not, or not there
+            node[key] = value
+            if name in _AROUND:
+                continue
+            notes.append(f"{name} is newer than the record: it is filled with its default, {value}")
+        elif isinstance(node[key], dict) and isinstance(value, Mapping) and "kwargs" not in name:
+            _fill(node[key], value, name, notes)
+
+
+def _drop_unknown(node: Any, place: str, notes: list[str]) -> None:
+    """Leave out keys that the class of a node does not take any more."""
+    if not isinstance(node, dict):
+        return
+    name = node.get("_target_")
+    if isinstance(name, str) and name.startswith("robustbench_local."):
+        try:
+            accepted = inspect.signature(find_object(name)).parameters
+        except Exception:  # building it tells what is wrong
+            accepted = {}  # type: ignore[assignment]
+        anything = any(each.kind is each.VAR_KEYWORD for each in accepted.values())
+        own = {*accepted, "_target_", "_recursive_", "_convert_", "_partial_", "_args_"}
+        own |= {"checkpoint", "mean", "std"} if place == "model" else set()
+        for key in sorted(set(node) - own) if accepted and not anything else []:
+            del node[key]
+            notes.append(
+                f"{place}.{key} is a key that {name} does not know any more: it is left out"
+            )
+    for key, child in node.items():
+        _drop_unknown(child, f"{place}.{key}" if place else key, notes)
+
+
+@contextmanager
+def _threads(recorded: int | None) -> Iterator[None]:
+    """As many threads as the record had, where there are so many: sums are rounded as they were."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(recorded or before, os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(
+    config: Mapping[str, Any], labels: Mapping[str, Any], data: Path, cache: Path
+) -> tuple[Record, PerExample]:
+    """Make the record again in a folder that is removed, with what a run prints left out."""
+    from omegaconf import OmegaConf
+
+    from robustbench_local.run import Choices, run
+
+    with tempfile.TemporaryDirectory(prefix="reproduce-") as folder:
+        paths = {"data": str(data), "cache": str(cache), "results": folder}
+        whole = OmegaConf.create({**config, "force": False, "paths": paths})
+        choices = Choices({"attack": labels["attack"]}, (), labels)
+        try:
+            with redirect_stdout(io.StringIO()):
+                (made,) = run(whole, choices)
+        except UserError as error:
+            raise UserError(_as_option(str(error))) from None
+        except EXPECTED as error:
+            raise UserError(sentence(error, CONF)) from None
+        store = Store(Path(folder))
+        record = store.find(made["run_id"])  # as JSON holds it
+        assert record is not None
+        return record, store.examples(made["run_id"])
+
+
+def _as_option(told: str) -> str:
+    """What a run would have typed as a setting is typed as an option here."""
+    told = told.replace("paths.data=", "--data ").replace("paths.cache=", "--cache ")
+    return told.replace("type dataset.path=", "type --set dataset.path=")
+
+
+def compare_records(
+    recorded: Record, again: Record, examples: PerExample, new_examples: PerExample
+) -> Outcome:
+    """Number by number, and image by image. What one of the two does not say is not compared."""
+    outcome = Outcome()
+    old, new = leaves(recorded), leaves(again)
+    for name, value in old.items():
+        if name not in new:
+            outcome.missing.append(name)
+            continue
+        outcome.compared += 1
+        if new[name] != value:
+            within = _within(name, old, new)
+            outcome.differences.append(Difference(name, value, new[name], within))
+    theirs = asdict(new_examples)
+    for name, values in asdict(examples).items():
+        if not values.size and theirs[name].size:
+            continue  # an older record
+        outcome.compared += 1
+        if not np.array_equal(values, theirs[name]):
+            count = _images(values, theirs[name])
+            outcome.differences.append(
+                Difference(f"examples.{name}", f"n {len(values)}", f"differs in {count} images")
+            )
+    here, there = again.get("environment", {}), recorded.get("environment", {})
+    outcome.elsewhere = list(_unlike({key: there.get(key) for key in _MACHINE},
+                                     {key: here.get(key) for key in _MACHINE}))  # fmt: skip
+    own = ("robustbench_local", "git_commit", "git_dirty")
+    outcome.code = list(_unlike({key: there.get(key) for key in own},
+                                {key: here.get(key) for key in own}))  # fmt: skip
+    return outcome
+
+
+def leaves(node: object, place: str = "") -> Leaves:
+    """Every number of a record, and every hash, by its place; what has a name, by that.
+
+    Sentences are left out: they may be worded better since.
+    """
+    found: Leaves = {}
+    if isinstance(node, Mapping):
+        for key, child in node.items():
+            if key not in _NO_NUMBERS:
+                found |= leaves(child, f"{place}.{key}" if place else str(key))
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            has_name = isinstance(child, Mapping) and isinstance(child.get("name"), str)
+            # The parts of a cascade may have one name several times.
+            step = f"{child['name']}" if has_name else str(index)
+            step = step if f"{place}.{step}" not in _begun(found, place) else f"{step}.{index}"
+            found |= leaves(child, f"{place}.{step}")
+    elif node is None or isinstance(node, bool | int | float) or _is_hash(place):
+        found[place] = node
+    return found
+
+
+def _begun(found: Leaves, place: str) -> set[str]:
+    depth = place.count(".") + 2
+    return {".".join(name.split(".")[:depth]) for name in found}
+
+
+def _is_hash(place: str) -> bool:
+    last = place.rpartition(".")[2]
+    return last in ("sha256", "fingerprint", "test_fingerprint", "comparability")
+
+
+def _within(name: str, old: Leaves, new: Leaves) -> bool | None:
+    """Whether an accuracy lies in the interval recorded with it; None for what has none."""
+    home, _, last = name.rpartition(".")
+    if last in ("low", "high") and f"{home}.value" in old:
+        return None  # the value is what is asked about
+    limits = (old.get(f"{home}.low"), old.get(f"{home}.high"))
+    if last != "value" or None in limits or new[name] is None:
+        return None
+    return bool(limits[0] <= new[name] <= limits[1])
+
+
+def _images(old: np.ndarray[Any, Any], new: np.ndarray[Any, Any]) -> object:
+    if old.shape != new.shape:
+        return f"shape, {old.shape} and {new.shape}: all"
+    return int((old != new).reshape(len(old), -1).any(axis=1).sum())
+
+
+def _unlike(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in there.items():
+        now = here.get(key)
+        if isinstance(value, Mapping) and isinstance(now, Mapping):
+            yield from _unlike(value, now)
+        elif value != now:
+            yield f"{key} {value} then, {now} now"
+
+
+def _tell(outcome: Outcome, record: Record, again: Record, console: Console) -> None:
+    table = Table()
+    table.add_column("number", overflow="fold")
+    for column in ("recorded", "now", "agrees"):
+        table.add_column(column, overflow="fold")
+    differs = {difference.name for difference in outcome.differences}
+    for key in ("clean_accuracy", "robust_accuracy"):
+        value, now = record[key], again[key]["value"]
+        interval = f" ({100 * value['low']:.2f} to {100 * value['high']:.2f})"
+        inside = "within" if value["low"] <= now <= value["high"] else "NOT within"
+        agrees = "exactly" if f"{key}.value" not in differs else f"no; {inside} its interval"
+        cells = (f"{100 * value['value']:.2f}%{interval}", f"{100 * now:.2f}%", agrees)
+        table.add_row(key.replace("_", " "), *cells)
+    hidden = {"clean_accuracy.value", "robust_accuracy.value"}
+    others = [each for each in outcome.differences if each.name not in hidden]
+    for each in others[:_SHOWN]:
+        cells = (each.name, str(each.recorded), str(each.now))
+        table.add_row(*map(escape, cells), _INTERVAL[each.within])
+    console.print(table)
+    if len(others) > _SHOWN:
+        console.print(f"and {len(others) - _SHOWN} more that differ", highlight=False)
+
+    def say(told: str) -> None:
+        console.print(escape(told), soft_wrap=True, highlight=False)
+
+    if outcome.missing:
+        say(f"not compared, since this version does not say it: {', '.join(outcome.missing)}")
+    if outcome.elsewhere:
+        say(f"machine and packages: {'; '.join(outcome.elsewhere)}")
+    if outcome.code:
+        say(f"code: {'; '.join(outcome.code)}")
+    if again["run_id"] != record["run_id"]:
+        say(f"its run id would be {again['run_id']} now: code, data or device are not the same")
+    say(_verdict(outcome))
+
+
+def _verdict(outcome: Outcome) -> str:
+    count = f"{outcome.compared:,} numbers and arrays"
+    if outcome.exact:
+        return f"REPRODUCED: all {count} agree to the last digit"
+    told = f"{len(outcome.differences):,} of {count} differ"
+    if not outcome.within:
+        return f"NOT REPRODUCED: {told}, and an accuracy lies outside its recorded interval"
+    if outcome.elsewhere:
+        return (
+            f"REPRODUCED WITHIN THE INTERVALS: {told}, as happens on another machine or with other "
+            "packages; every accuracy lies within its recorded interval"
+        )
+    return (
+        f"NOT REPRODUCED: {told} on the same kind of machine with the same packages, although "
+        "every accuracy lies within its recorded interval"
+    )

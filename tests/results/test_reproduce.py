@@ -1,0 +1,212 @@
+"""A record made again agrees to the last digit, or it is said what does not."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from robustbench_local.__main__ import CONF
+from robustbench_local.results import Store
+from robustbench_local.results.__main__ import main
+from robustbench_local.results.reproduce import (
+    compare_records,
+    leaves,
+    stored_config,
+)
+from robustbench_local.run import Choices, run
+
+QUICK = (
+    "+experiment=smoke", "dataset.test_size=50", "model.width=4", "model.hidden=8",
+    "train.epochs=1", "attack.steps=3", "judge_draws=3", "eot.sample=10", "eot.limit=2",
+)  # fmt: skip
+
+VICTIMS = {
+    "fixed": ("defense=[bit_depth]",),
+    "random": (
+        "defense=[noise_fusion]", "defense.wrap.noise_fusion.draws=2",
+        "defense.wrap.noise_fusion.eot_samples=2",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A results folder with a record of a fixed victim and one of a random one; their run ids."""
+    folder = tmp_path_factory.mktemp("recorded")
+    found = {}
+    for name, overrides in VICTIMS.items():
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            paths = [f"paths.{key}={folder / key}" for key in ("data", "cache", "results")]
+            config = compose("config", [*QUICK, *overrides, *paths])
+        groups = {"model": "small_cnn", "train": "mnist", "attack": "pgd"}
+        (record,) = run(config, Choices(groups, (CONF,)))
+        found[name] = record["run_id"]
+    return folder, found
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "150")
+
+    def call(*words):
+        capsys.readouterr()
+        code = main(words)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def edited(folder, target, run_id, change):
+    """The file of the record in another results folder, with a change."""
+    record = Store(folder / "results").find(run_id)
+    examples = Store(folder / "results").examples(run_id)
+    change(record)
+    Store(target).add(record, examples)
+    return target / "records" / f"{run_id}.json"
+
+
+@pytest.mark.parametrize("victim", list(VICTIMS))
+def test_a_record_is_reproduced_to_the_last_digit(recorded, cli, tmp_path, victim):
+    """In another folder, trained again: nothing but the record says what was run."""
+    folder, found = recorded
+    run_id = found[victim]
+    record = Store(folder / "results").find(run_id)
+    assert record["randomized"] == (victim == "random")
+    code, out, err = cli("--results", str(folder / "results"), "reproduce", run_id[:6],
+                         "--cache", str(tmp_path / "cache"))  # fmt: skip
+    assert code == 0, out + err
+    assert "REPRODUCED: all" in out and out.count("exactly") == 2
+    assert "run id would be" not in out and "not compared" not in out
+    assert record["labels"]["defense"] in out
+    assert list((tmp_path / "cache" / "weights").glob("*.safetensors"))
+    assert not (tmp_path / "results").exists()
+
+
+def test_edited_expectations_do_not_agree(recorded, cli, tmp_path):
+    folder, found = recorded
+
+    def change(record):
+        record["perturbation"]["mean"] = 0.123
+        record["clean_accuracy"].update(value=0.02, low=0.0, high=0.04)
+
+    path = edited(folder, tmp_path / "edited", found["fixed"], change)
+    code, out, _ = cli("reproduce", str(path), "--cache", str(folder / "cache"))
+    assert code == 1
+    assert "NOT REPRODUCED" in out and "NOT within its interval" in out
+    assert "perturbation.mean" in out and "0.123" in out
+    assert "were not trained again" in out
+
+
+def both(recorded, victim="fixed"):
+    folder, found = recorded
+    store = Store(folder / "results")
+    return store.find(found[victim]), store.examples(found[victim])
+
+
+def test_other_machines_may_differ_within_the_intervals(recorded):
+    record, examples = both(recorded)
+    again = json.loads(json.dumps(record))
+    again["robust_accuracy"]["value"] = record["robust_accuracy"]["high"]
+    there = compare_records(record, again, examples, examples)
+    assert there.exit_code == 1 and there.within and not there.elsewhere
+    again["environment"]["packages"]["torch"] = "99.0"
+    there = compare_records(record, again, examples, examples)
+    assert there.exit_code == 0 and not there.exact and "torch" in there.elsewhere[0]
+    again["robust_accuracy"]["value"] = record["robust_accuracy"]["high"] + 1e-6
+    assert compare_records(record, again, examples, examples).exit_code == 1
+    commit = json.loads(json.dumps(record))
+    commit["environment"]["git_commit"] = "other"
+    commit["robust_accuracy"]["value"] = record["robust_accuracy"]["low"]
+    there = compare_records(record, commit, examples, examples)
+    assert there.exit_code == 1 and "git_commit" in there.code[0]
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["clean_accuracy.value", "robust_accuracy.low", "perturbation.max", "weights.sha256",
+     "accuracy_of_draws.robust.2", "passes_per_attacked_image.forward", "eot.samples",
+     "metrics.attacked.confusion.0.0"],
+)  # fmt: skip
+def test_every_number_counts(recorded, place):
+    record, examples = both(recorded, "random")
+    assert place in leaves(record)
+    again = json.loads(json.dumps(record))
+    node = again
+    *path, last = [int(step) if step.isdigit() else step for step in place.split(".")]
+    for step in path:
+        node = node[step]
+    node[last] = "0" if last == "sha256" else (node[last] or 0) + 1e-15 + (last in ("samples", 0))
+    if node[last] == leaves(record)[place]:  # 1e-15 is below the last digit
+        node[last] += 1e-12
+    (difference,) = compare_records(record, again, examples, examples).differences
+    assert difference.name == place
+
+
+def test_seconds_and_sentences_do_not_count_and_each_image_does(recorded):
+    record, examples = both(recorded)
+    again = json.loads(json.dumps(record))
+    again["seconds"]["attack"] += 1
+    again["finished"] = "later"
+    again["audit"]["checks"][0]["why"] = "said better"
+    again["audit"]["checks"].reverse()
+    assert compare_records(record, again, examples, examples).exact
+    robust = examples.robust_correct.copy()
+    robust[7] = 1 - robust[7]
+    other = replace(examples, robust_correct=robust)
+    (difference,) = compare_records(record, again, examples, other).differences
+    assert difference.name == "examples.robust_correct" and difference.now == "differs in 1 images"
+
+
+def test_parts_of_one_name_are_told_apart():
+    parts = {"parts": [{"name": "apgd", "broken": 1}, {"name": "apgd", "broken": 2}]}
+    assert sorted(leaves(parts).values()) == [1, 2]
+
+
+def test_newer_keys_get_their_defaults_and_unknown_ones_are_told(recorded):
+    record, _ = both(recorded, "random")
+    config, notes = stored_config(record, [])
+    assert {key: config[key] for key in record["config"]} == record["config"] and not notes
+    older = json.loads(json.dumps(record))
+    del older["config"]["audit"]["passes"]
+    del older["config"]["eot"]
+    del older["config"]["attack"]["best_iterate"]
+    older["config"]["gone"] = 1
+    older["config"]["train"]["old"] = 1
+    older["config"]["attack"]["lost"] = 1
+    config, notes = stored_config(older, [])
+    assert config["eot"]["sample"] == 100  # that of the configuration, not of the record
+    for key in set(record["config"]) - {"eot"}:
+        assert config[key] == record["config"][key]
+    assert len(notes) == 6
+    for key in ("audit.passes", "eot", "attack.best_iterate", "gone", "train.old", "attack.lost"):
+        assert any(note.startswith(f"{key} is") for note in notes)
+
+
+def test_paths_are_given_again(recorded, cli):
+    record, _ = both(recorded)
+    config, _ = stored_config(record, ["model.checkpoint=/x/y.pt", "dataset.split_seed=3"])
+    assert config["model"]["checkpoint"] == "/x/y.pt" and config["dataset"]["split_seed"] == 3
+    folder, found = recorded
+    words = ("--results", str(folder / "results"), "reproduce")
+    code, _, err = cli(*words, found["fixed"], "--set", "nothing")
+    assert code == 1 and "type for example --set dataset.path=FILE" in err
+    for missing in ("no/such/file.json", "zzzz"):
+        code, _, err = cli(*words, missing)
+        assert code == 1 and "type" in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_data_set_given_by_path_says_how_to_give_it(recorded, cli, tmp_path):
+    folder, found = recorded
+
+    def change(record):
+        record["config"]["dataset"] = {
+            "_target_": "robustbench_local.data.Npz", "path": "gone.npz", "name": None,
+            "validation_fraction": 0.1, "split_seed": 0, "test_size": None,
+        }  # fmt: skip
+
+    path = edited(folder, tmp_path / "edited", found["fixed"], change)
+    code, _, err = cli("reproduce", str(path))
+    assert code == 1 and "gone.npz" in err and "--set dataset.path=" in err
