@@ -47,6 +47,7 @@ from robustbench_local.evaluation.evaluate import now
 from robustbench_local.identity import file_sha256
 from robustbench_local.networks import equip, get_model, make_workshop
 from robustbench_local.oracle import Oracle
+from robustbench_local.processes import agree, leads, together
 from robustbench_local.results import Record, Store, write_leaderboard
 from robustbench_local.results.curve import draw_curve
 from robustbench_local.results.labels import choice_label
@@ -114,10 +115,13 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
     records: dict[str, Record] = {name: record for name, record in known.items() if record}
     missing = {n: point for n, point in zip(run_ids, points, strict=True) if n not in records}
     recorded = len(records)
-    if missing:
+    if agree(lambda: bool(missing)):
         workshop = make_workshop(settings, data, defense, device, cache, display)
-        trained = get_model(settings, defense, workshop)
-        defense = defense.fit(replace(workshop, network=trained))
+        with together(device):
+            trained = get_model(settings, defense, workshop)
+            defense = defense.fit(replace(workshop, network=trained))
+        if not leads():  # the rest is not for several
+            return []
         bench = set_up(config, settings, choices, workshop, trained, defense, display)
         # Together, radii would share the draws of a random victim and how many are averaged.
         groups = [{name: point} for name, point in missing.items()] if bench.random else [missing]
@@ -125,6 +129,8 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
             for record, examples in measure(bench, attack, group):
                 records[record["run_id"]] = record
                 store.add(record, examples)
+    if not leads():
+        return []
     leaderboard = write_leaderboard(store)
     finished = [records[run_id] for run_id in run_ids]
     show(finished, display.output, leaderboard=leaderboard, recorded=recorded, said=said)
