@@ -168,6 +168,7 @@ def together(device: "torch.device") -> Iterator[None]:
             rank=number(),
             world_size=count(),
             timeout=TIMEOUT,
+            device_id=device if cuda else None,
         )
         _current = Group(number(), count())
         try:

@@ -111,9 +111,7 @@ def fit(
             "warnings": told,
         }
         hold.check()
-        about = shelf.write(course.weights, facts | course.summary())
-        shelf.note_training(about)
-        return about
+        return shelf.write(course.weights, facts | course.summary())
 
     about, cached = _from_shelf(shelf, console, train_now)
     # Also after training: what is returned is what is stored.

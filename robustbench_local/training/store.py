@@ -84,7 +84,7 @@ class Shelf:
         return load_file(self.weights)
 
     def write(self, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep weights, then what is known about them; returns the latter."""
+        """Keep weights, then what is known about them, under the lock; returns the latter."""
         with atomic_path(self.weights) as temporary:
             save_file(dict(weights), temporary)
         complete = {
@@ -97,6 +97,7 @@ class Shelf:
         }
         with atomic_path(self.about) as temporary:
             temporary.write_text(json.dumps(complete, indent=1) + "\n", "utf-8")
+        self._note_training(complete)
         return complete
 
     def damaged(self, path: Path, error: BaseException) -> None:
@@ -131,8 +132,9 @@ class Shelf:
         finally:
             lease.release()
 
-    def note_training(self, about: Mapping[str, Any]) -> None:
+    def _note_training(self, about: Mapping[str, Any]) -> None:
         """Add a line to the list of finished trainings; under the lock, so that none gets lost."""
+        self.state.path.parent.mkdir(parents=True, exist_ok=True)
         line = {
             "key": self.key,
             "sha256": about["sha256"],
@@ -145,7 +147,7 @@ class Shelf:
 
 
 def trainings(cache: Path) -> list[dict[str, Any]]:
-    """Every training that was done into the folder, with who did it: a cached one adds nothing."""
+    """Every training that was finished into this cache, and by whom; taking weights adds none."""
     files = sorted((cache / "training").glob("*.log"))
     return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
 

@@ -54,7 +54,7 @@ def test_few_settings_are_all_tried_once(tmp_path):
     assert sum(trial.value is None for trial in one.finished) == 3  # failed, and not 0
 
 
-CURVE = ("rate=tag(log,interval(1e-4,1))", "depth=interval(1,8)")
+CURVE = ("rate=tag(log,interval(1e-4,1))", "depth=int(interval(1,8))")
 
 
 def hill(settings):
@@ -126,9 +126,7 @@ def test_only_validation_images_count():
     assert isinstance(score([record]), str) and isinstance(score(None), str)
 
 
-@pytest.mark.parametrize(
-    "words", [("a=1",), ("a=interval(2,1)",), ("a=tag(log,interval(0,1))",), ("a=glob(zzz)",)]
-)
+@pytest.mark.parametrize("words", [("a=1",), ("a=interval(2,1)",), ("a=tag(log,interval(0,1))",)])
 def test_a_space_that_cannot_be_searched(words):
     with pytest.raises(UserError, match="type "):
         space(*words)

@@ -125,7 +125,7 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch, here):
         with pytest.raises(UserError, match="one GPU for 3 processes"):
             choose_device("cuda:1")
     else:
-        with pytest.raises(UserError, match="4 processes .* 3 GPUs.*--nproc_per_node=3"):
+        with pytest.raises(UserError, match=r"4 processes .* 3 GPUs.*--nproc_per_node=3"):
             choose_device("auto")
 
 
