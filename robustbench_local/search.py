@@ -11,7 +11,7 @@ from filelock import SoftFileLease, Timeout
 
 from robustbench_local.errors import UserError
 from robustbench_local.identity import content_id
-from robustbench_local.processes import agree, leads, number
+from robustbench_local.processes import agree, leads
 from robustbench_local.randomness import derive_seed
 
 if TYPE_CHECKING:
@@ -106,15 +106,16 @@ def read_space(overrides: "Sequence[Override]") -> Space:
 
 @dataclass(kw_only=True)
 class Search:
-    """A study on disk, and what of it is still to do."""
+    """A study in the folder `storage`, None for one in memory, and what of it is still to do."""
 
     space: Space
     n_trials: int
     n_jobs: int
     seed: int
     startup: int
-    storage: Path
+    storage: Path | None
     tried: "dict[int, Trial]" = field(default_factory=dict, init=False)
+    lease: SoftFileLease | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         for name, least in (("n_trials", 1), ("n_jobs", 1), ("seed", 0), ("startup", 1)):
@@ -139,6 +140,8 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space = {key: repr(value) for key, value in self.space.free.items()}
         name = content_id({"fixed": self.space.fixed, "free": space, "seed": self.seed})
+        if self.storage is None:
+            return optuna.create_study(direction="maximize")
         self.storage.mkdir(parents=True, exist_ok=True)
         self.lease = SoftFileLease(self.storage / f"{name}.lease", lease_duration=120)
         try:
@@ -206,7 +209,8 @@ class Search:
 
     def close(self) -> None:
         """Let another process go on."""
-        self.lease.release()
+        if self.lease is not None:
+            self.lease.release()
 
     def _open_or_finished(self) -> "list[FrozenTrial]":
         from optuna.trial import TrialState
@@ -265,16 +269,13 @@ def from_hydra(sweeper: "OptunaSearch", arguments: Sequence[str]) -> None:
     words = [f"{key}={value}" for key, value in sweeper.params.items()]
     parser = OverridesParser.create(sweeper.hydra_context.config_loader)
     space = read_space(parser.parse_overrides([*words, *arguments]))
-    storage = Path(str(sweeper.storage)).expanduser()
-    if not leads():  # which only follows
-        storage = storage / f"process{number()}"
     search = Search(
         space=space,
         n_trials=sweeper.n_trials,
         n_jobs=sweeper.n_jobs,
         seed=sweeper.seed,
         startup=sweeper.startup,
-        storage=storage,
+        storage=Path(str(sweeper.storage)).expanduser() if leads() else None,  # others follow
     )
 
     def launch(trials: list[list[str]], first: int) -> list[Outcome]:
