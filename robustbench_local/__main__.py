@@ -10,6 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from robustbench_local import processes
 from robustbench_local.cli_errors import EXPECTED, check_dashes, sentence
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.argv[1:] = options_first(lifted(sys.argv[1:]))
     failures: list[str] = []
+    if not processes.leads():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # to the end
+    if processes.count() > 1:
+        # DistributedDataParallel would advise every process against finding unused weights, which
+        # it cannot know. Read when torch is imported.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def task(config: "DictConfig") -> "list[Record] | None":
@@ -68,13 +75,16 @@ def main() -> None:
         try:
             return run_from_hydra(config)
         except EXPECTED as error:  # the other runs of a sweep go on
+            if processes.count() > 1:  # but not here: the processes would lose each other
+                processes.tell(f"error: {sentence(error, CONF)}")
+                sys.exit(1)
             failures.append(sentence(error, CONF))
             print(f"error: {failures[-1]}", file=sys.stderr)
             return None
         except OSError:
             raise
         except Exception as error:  # of somebody's own class, or a defect of ours
-            if HydraConfig.get().mode != RunMode.MULTIRUN:
+            if processes.count() > 1 or HydraConfig.get().mode != RunMode.MULTIRUN:
                 raise
             traceback.print_exc()
             failures.append(str(error))
@@ -88,14 +98,19 @@ def main() -> None:
     except EXPECTED as error:
         if told != "1":
             raise
-        sys.exit(f"error: {sentence(error, CONF)}")
+        processes.tell(f"error: {sentence(error, CONF)}")
+        sys.exit(1)
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'a file'} cannot be used ({error.strerror or error})")
+        why = f"{error.filename or 'a file'} cannot be used ({error.strerror or error})"
+        processes.tell(f"error: {why}")
+        sys.exit(1)
     except KeyboardInterrupt:
-        print(
-            "interrupted: nothing is torn; the same command goes on from the last finished epoch",
-            file=sys.stderr,
-        )
+        if processes.leads():
+            print(
+                "interrupted: nothing is torn; the same command goes on from the last finished "
+                "epoch",
+                file=sys.stderr,
+            )
         sys.exit(130)
     if failures:
         sys.exit(1)

@@ -12,6 +12,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from robustbench_local import processes
 from robustbench_local.attacks import Attack
 from robustbench_local.attacks.samples import with_samples
 from robustbench_local.defenses import Defense
@@ -99,10 +100,21 @@ def check_chosen(overrides: Sequence[str]) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one. Raises `UserError` for one that is not there."""
+    """`auto` is the first GPU where there is one; of several processes each has its own.
+
+    Raises `UserError` for one that is not there.
+    """
     found = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if found else "cpu")
+        name = "cuda" if found else "cpu"
+    if name == "cuda" and found:
+        own = processes.own_gpu(found)
+        return torch.device("cuda") if own is None else torch.device("cuda", own)
+    if name.startswith("cuda:") and processes.count() > 1:
+        raise UserError(
+            f"device={name} is one GPU for {processes.count()} processes; expected a GPU for each: "
+            "type device=cuda"
+        )
     try:
         device = torch.device(name)
     except RuntimeError:

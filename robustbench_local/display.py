@@ -8,13 +8,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from robustbench_local.processes import leads
+
 WIDE = 160
 """Columns of a file or a pipe, where no terminal says how many it has."""
 
 
 def output() -> Console:
     """Standard output. Tables in a log are not cut to the 80 columns of no terminal."""
-    console = Console()
+    console = Console(quiet=not leads())
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = max(console.width, WIDE)
     return console
@@ -25,7 +27,7 @@ class Display:
 
     def __init__(self) -> None:
         self.output = output()
-        self.errors = Console(stderr=True)
+        self.errors = Console(stderr=True, quiet=not leads())
 
     def say(self, sentence: str) -> None:
         """One sentence about what is going on."""

@@ -48,6 +48,7 @@ from robustbench_local.evaluation.shards import Shard
 from robustbench_local.identity import file_sha256
 from robustbench_local.networks import equip, get_model, make_workshop
 from robustbench_local.oracle import Oracle
+from robustbench_local.processes import agree, leads, together
 from robustbench_local.results import Record, Store, write_leaderboard
 from robustbench_local.results.curve import draw_curve
 from robustbench_local.results.labels import choice_label
@@ -127,11 +128,15 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
     records: dict[str, Record] = {name: record for name, record in known.items() if record}
     missing = {n: point for n, point in zip(run_ids, points, strict=True) if n not in records}
     recorded = len(records)
-    measured_now = bool(missing) and not (shards and shards.have(missing))
+    measured_now = agree(lambda: bool(missing) and not (shards and shards.have(missing)))
     if measured_now:
         workshop = make_workshop(settings, data, defense, device, cache, display)
-        trained = get_model(settings, defense, workshop)
-        defense = defense.fit(replace(workshop, network=trained))
+        with together(device):
+            trained = get_model(settings, defense, workshop)
+            defense = defense.fit(replace(workshop, network=trained))
+    if not leads():  # the rest is not for several processes
+        return []
+    if measured_now:
         bench = set_up(config, settings, choices, workshop, trained, defense, display, shard)
         # Together, radii would share the draws of a random victim and how many are averaged.
         groups = [{name: point} for name, point in missing.items()] if bench.random else [missing]

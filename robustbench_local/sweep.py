@@ -74,7 +74,8 @@ class Compare(Callback):
     def on_job_end(self, config: "DictConfig", job_return: "JobReturn", **_: Any) -> None:
         """Take the records of a job; one that failed has none."""
         value = getattr(job_return, "_return_value", None)
-        if isinstance(value, list):
+        searched = config.hydra.sweeper._target_.endswith(".OptunaSearch")  # which tells it itself
+        if isinstance(value, list) and not searched:
             self.records += value
 
     def on_multirun_end(self, config: "DictConfig", **_: Any) -> None:

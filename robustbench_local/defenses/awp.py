@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from robustbench_local import processes
 from robustbench_local.attacks import Attack
 from robustbench_local.defenses.recipe import Recipe
 from robustbench_local.defenses.settings import read_number
@@ -108,6 +109,9 @@ def worst_offset(model: nn.Module, loss: Tensor, gamma: float) -> dict[str, Tens
     found = torch.autograd.grad(SCALE * loss, list(weights.values()), allow_unused=True)
     # An entry that overflows all the same moves no weight, lest all become NaN.
     gradients = [each if each is None else each.nan_to_num(0, 0, 0) for each in found]
+    if (group := processes.current()) is not None:
+        # Of the whole batch: every process perturbs the weights alike, as one alone would.
+        group.average([each for each in gradients if each is not None])
     return {
         name: gradient * (gamma * weight.detach().norm() / gradient.norm().clamp(min=1e-30))
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True)

@@ -157,6 +157,7 @@ def make_record(
             "key": trained.key,
             "sha256": trained.sha256,
             "device": trained.device,
+            "processes": trained.processes,
             "epoch": trained.epoch,
             "validation": trained.validation,
             "parameters": sum(weight.numel() for weight in trained.model.parameters()),

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustbench_local import processes
 from robustbench_local.errors import UserError
 from robustbench_local.gradients import deterministic, is_correct
 from robustbench_local.randomness import derive_seed, reseed
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from robustbench_local.data import Dataset
     from robustbench_local.defenses.recipe import Recipe
     from robustbench_local.training.store import StateFile
+
+T = TypeVar("T")
 
 LOOK_EVERY = 25
 """Steps between two looks at the loss; each waits for the device."""
@@ -51,45 +54,97 @@ def train(
     device: torch.device,
     state: "StateFile",
     console: "Console | None",
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Training, Course]:
     """Train to the end, from the last whole epoch in `state` where there is one.
 
     What the recipe sees, and what is validated, is `through(model)`. Returns what holds the last
     weights, and the course with the selected ones. Raises `TrainingDiverged`, and then keeps
-    nothing.
+    nothing. `check` is called before anything is kept and may raise.
+
+    Where several processes train together the course is that of process 0, and empty elsewhere.
     """
+    group = processes.current()
     plan = schedule.plan(len(data.train))
+    mine = slice(None) if group is None else group.share(plan)
+    if group is not None and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     training = Training(model, schedule, device)
     seen, averaged = through(model), through(training.average.model)
-    course = state.load(training)
+    leads = group is None or group.leads
+    decide = _alone if group is None else group.agree
+    course = state.load(training) if leads else Course()
+    if group is not None and (taken_up := group.hand_out(training.state(), device)) and not leads:
+        training.restore(taken_up)
+
+    descent = _Descent(model, seen, recipe)
+    stepping = descent if group is None else group.parallel(descent)
+
+    def next_epoch() -> int | None:
+        return None if course.over(plan.epochs, schedule.patience) else course.epoch
+
+    def finish(entry: dict[str, Any], epoch: int, started: float) -> None:
+        _check_weights(training.average.model, epoch)
+        entry |= _measure(averaged, data, recipe)
+        entry["settled"] = recipe.settled(epoch / plan.epochs)
+        entry["seconds"] = time.perf_counter() - started
+        check()
+        course.add(entry, training.average.model)
+        state.save(training, course)
+
     with deterministic():
-        while not course.over(plan.epochs, schedule.patience):
+        while (epoch := decide(next_epoch)) is not None:
             started = time.perf_counter()
-            epoch = course.epoch
-            reseed(seen, derive_seed(seed, "through", epoch))
+            # The draws of another process are others; those of process 0 as if it were alone.
+            apart = () if group is None or leads else ("process", group.rank)
+            descent.recipe = recipe.begin()
+            reseed(seen, derive_seed(seed, "through", epoch, *apart))
             reseed(averaged, derive_seed(seed, "validation"))
             with (
-                seeded(derive_seed(seed, "epoch", epoch), device),
+                seeded(derive_seed(seed, "epoch", epoch, *apart), device),
                 epoch_bar(console, epoch + 1, plan.epochs, plan.steps) as report,
             ):
+
+                def look(*found: Any, report: Report = report) -> None:
+                    report(*found)
+                    if group is None:  # else after whole epochs, so that all stop together
+                        check()
+
                 try:
                     entry = _one_epoch(
-                        training, seen, data, recipe.begin(), schedule, plan, epoch, seed, report
-                    )
+                        training, stepping, data, descent.recipe, schedule, plan, epoch, seed,
+                        look, mine,
+                    )  # fmt: skip
+                    decide(partial(finish, entry, epoch, started))
                 except TrainingDiverged:
-                    state.remove()
+                    if leads:
+                        state.remove()
                     raise
-                entry |= _measure(averaged, data, recipe)
-            entry["settled"] = recipe.settled(epoch / plan.epochs)
-            entry["seconds"] = time.perf_counter() - started
-            course.add(entry, training.average.model)
-            state.save(training, course)
     return training, course
+
+
+def _alone(decide: Callable[[], T]) -> T:
+    return decide()
+
+
+class _Descent(nn.Module):
+    """The loss of a recipe as a module, so that gradients are averaged once each step.
+
+    What the recipe does with the network inside, such as attacks, it does with the bare one.
+    """
+
+    def __init__(self, model: nn.Module, seen: Model, recipe: "Recipe") -> None:
+        super().__init__()
+        self.model, self.seen, self.recipe = model, seen, recipe
+
+    def forward(self, now: Step) -> tuple[Tensor, Tensor]:
+        loss, logits = _two(self.recipe, self.recipe.loss(self.seen, now))
+        return loss, logits.detach()
 
 
 def _one_epoch(
     training: Training,
-    seen: Model,
+    descent: nn.Module,
     data: "Dataset",
     recipe: "Recipe",
     schedule: Schedule,
@@ -97,8 +152,17 @@ def _one_epoch(
     epoch: int,
     seed: int,
     report: Report,
+    mine: slice,
 ) -> dict[str, Any]:
-    """Every step of an epoch; its mean loss and its accuracy on what it was trained on."""
+    """Every step of an epoch; its mean loss and its accuracy on what it was trained on.
+
+    Batches are drawn whole, of which the rows `mine` are taken.
+    """
+    group = processes.current()
+    drawing = seed
+    if group is not None and not group.leads and not recipe.adversarial:
+        # Attacks draw by the image; what draws by its place in the batch would repeat itself.
+        drawing = derive_seed(seed, "process", group.rank)
     model, optimizer, average = training.model, training.optimizer, training.average
     device = data.train.labels.device
     order, generator = _order(plan, len(data.train), seed, epoch, device)
@@ -107,20 +171,20 @@ def _one_epoch(
     criterion = partial(F.cross_entropy, label_smoothing=schedule.label_smoothing)
     losses = torch.zeros(plan.steps, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    seen.train()
+    descent.train()
     for number, index in enumerate(order):
         step = epoch * plan.steps + number
         progress = step / plan.total
         if number == 0 or step % recipe.replays == 0:
             x = augment(data.train.pixels(index), schedule.augmentation, generator)
             y = data.train.labels[index]
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(progress)
+            x, y = x[mine], y[mine]
+        for weights in optimizer.param_groups:
+            weights["lr"] = schedule.rate(progress)
         optimizer.zero_grad(set_to_none=True)
         with training.precision():
-            now = Step(x, y, criterion, progress, step, seed)
-            loss, logits = _two(recipe, recipe.loss(seen, now))
-        training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            loss, logits = descent(Step(x, y, criterion, progress, step, drawing))
+        training.scaler.scale(loss).backward()
         training.scaler.step(optimizer)
         training.scaler.update()
         average.update(model)
@@ -128,13 +192,15 @@ def _one_epoch(
         correct += is_correct(logits, y).sum()
         done = number + 1
         if done % LOOK_EVERY == 0 or done == plan.steps:
-            _check_losses(losses[:done], epoch)
-            report(done, float(losses[number]), int(correct) / (done * plan.batch_size))
-    _check_weights(average.model, epoch)
+            found, right = losses[:done], correct
+            if group is not None:
+                found, right = group.total(found) / group.size, group.total(right)
+            _check_losses(found, epoch)
+            report(done, float(found[number]), int(right) / (done * plan.batch_size))
     return {
         "epoch": epoch + 1,
-        "loss": float(losses.double().mean()),
-        "train_accuracy": int(correct) / (plan.steps * plan.batch_size),
+        "loss": float(found.double().mean()),
+        "train_accuracy": int(right) / (plan.steps * plan.batch_size),
     }
 
 

@@ -1,7 +1,10 @@
 """Weights and unfinished trainings on disk."""
 
 import json
+import os
 import platform
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import SoftFileLease, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +24,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _FORMAT = 1
+
+LEASE = 120.0
+"""Seconds without a sign of life after which a training on another machine counts as dead.
+
+Network file systems show what others did to a file up to a minute late.
+"""
+
+HEARTBEAT = 15.0
+"""Seconds between two signs of life."""
+
+_POLL = 0.25
+
+
+class LeaseLost(Exception):
+    """Another process took the training over, since this one gave no sign of life for so long."""
 
 
 class Shelf:
@@ -66,7 +84,7 @@ class Shelf:
         return load_file(self.weights)
 
     def write(self, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep weights, then what is known about them; returns the latter."""
+        """Keep weights, then what is known about them, under the lock; returns the latter."""
         with atomic_path(self.weights) as temporary:
             save_file(dict(weights), temporary)
         complete = {
@@ -79,6 +97,7 @@ class Shelf:
         }
         with atomic_path(self.about) as temporary:
             temporary.write_text(json.dumps(complete, indent=1) + "\n", "utf-8")
+        self._note_training(complete)
         return complete
 
     def damaged(self, path: Path, error: BaseException) -> None:
@@ -91,21 +110,104 @@ class Shelf:
         )
 
     @contextmanager
-    def lock(self, console: "Console | None") -> Iterator[None]:
-        """Keep other processes from training the same weights; wait where one already does."""
+    def lock(self, console: "Console | None") -> Iterator["Hold"]:
+        """Keep other processes from training the same weights; wait where one already does.
+
+        Not a lock of the operating system, which other machines on the same file system may not
+        see, but a lease: a file that its holder touches every `HEARTBEAT` seconds, in a thread. A
+        holder that died is replaced, at once where its machine is this one, else when its file has
+        not been touched for `LEASE` seconds on the clock of whoever waits.
+        """
         folder = self.state.path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{self.key}.lock")
+        lease = SoftFileLease(
+            folder / f"{self.key}.lease",
+            lease_duration=LEASE,
+            heartbeat_interval=HEARTBEAT,
+            poll_interval=_POLL,
+        )
+        _wait_for(lease, console)
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if console is not None:
-                console.print("another process trains the same weights; waiting for it to end")
-            lock.acquire()
-        try:
-            yield
+            yield Hold(lease)
         finally:
-            lock.release()
+            lease.release()
+
+    def _note_training(self, about: Mapping[str, Any]) -> None:
+        """Add a line to the list of finished trainings; under the lock, so that none gets lost."""
+        self.state.path.parent.mkdir(parents=True, exist_ok=True)
+        line = {
+            "key": self.key,
+            "sha256": about["sha256"],
+            "processes": about.get("processes", 1),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        with (self.state.path.parent / f"{self.key}.log").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def trainings(cache: Path) -> list[dict[str, Any]]:
+    """Every training that was finished into this cache, and by whom; taking weights adds none."""
+    files = sorted((cache / "training").glob("*.log"))
+    return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+
+
+class Hold:
+    """The right to train certain weights, as long as nobody took it over."""
+
+    def __init__(self, lease: SoftFileLease) -> None:
+        self._lease = lease
+
+    def check(self) -> None:
+        """Raise `LeaseLost` where another process holds it now: one that was stopped wakes up."""
+        for _ in range(3):
+            if self._lease.compromise is not None:
+                break
+            if (owner := self._lease.owner) is not None:
+                if owner.token == self._lease.token:
+                    return
+                break
+            time.sleep(0.1)  # a network file system may fail for a moment
+        raise LeaseLost
+
+
+def _wait_for(lease: SoftFileLease, console: "Console | None") -> None:
+    told, empty = False, (0, 0.0)
+    while True:
+        try:
+            lease.acquire(timeout=1.0 if told else 0)
+        except Timeout:
+            if not told and console is not None:
+                holder = lease.owner
+                who = f", {holder.pid} on {holder.hostname}," if holder else ""
+                console.print(
+                    f"another process{who} trains the same weights; waiting for it to end",
+                    soft_wrap=True, highlight=False, markup=False,
+                )  # fmt: skip
+            told = True
+            empty = _give_up_empty(Path(lease.lock_file), empty)
+        else:
+            return
+
+
+def _give_up_empty(path: Path, seen: tuple[int, float]) -> tuple[int, float]:
+    """Spoil a lease that says nothing about its holder, after as long as any other would last.
+
+    Its process died between making the file and writing to it. The library leaves such a file
+    alone, which to older versions of it means a holder, and replaces one that is spoilt.
+    """
+    try:
+        with path.open("r+b", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if status.st_size:
+                return 0, 0.0
+            if status.st_ino != seen[0]:
+                return status.st_ino, time.monotonic()
+            if time.monotonic() - seen[1] >= LEASE:
+                file.write(b"abandoned\n")
+    except OSError:
+        return 0, 0.0
+    return seen
 
 
 @dataclass(frozen=True)

@@ -77,13 +77,22 @@ def test_every_experiment_composes(choice):
     assert isinstance(attack_of(config), Attack)
 
 
+def values_of(override):
+    """What is swept over; of an interval its ends."""
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    if override.is_interval_sweep():
+        return [str(override.value().start), str(override.value().end)]
+    return list(override.sweep_string_iterator())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", [path.stem for path in (CONF / "experiment").glob("*.yaml")])
 def test_every_choice_that_an_experiment_sweeps_over_composes(choice):
     params = composed(f"+experiment={choice}").hydra.sweeper.params or {}
     for key, values in params.items():
         (swept,) = OverridesParser.create().parse_overrides([f"{key}={values}"])
-        for value in swept.sweep_string_iterator():
+        for value in values_of(swept):
             config = composed(f"+experiment={choice}", f"{key}={value}")
             assert isinstance(attack_of(config), Attack)
             if key == "defense":
@@ -119,7 +128,7 @@ def test_every_quoted_command_composes(command):
     words = [word for word in shlex.split(command) if not word.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(words)
     first = [
-        f"{override.input_line.split('=')[0]}={next(iter(override.sweep_string_iterator()))}"
+        f"{override.input_line.split('=')[0]}={values_of(override)[0]}"
         if override.is_sweep_override()
         else override.input_line
         for override in parsed

@@ -74,7 +74,7 @@ def check_whole(folder, finished_runs):
     """The leaderboard, whenever there is one, is whole and has every finished run."""
     path = folder / "results/leaderboard.csv"
     if path.exists():
-        table = pd.read_csv(path)
+        table = pd.read_csv(path, dtype={"run_ids": str})  # some are digits alone
         assert len(table) >= 1
         listed = set(" ".join(table["run_ids"]).split())
         assert finished_runs <= listed

@@ -12,7 +12,7 @@ from rich.console import Console
 from training_data import CPU, make_data, small_network
 
 from robustbench_local.defenses import Standard
-from robustbench_local.training import Schedule, Trained, fit
+from robustbench_local.training import Schedule, Trained, fit, store
 
 SCHEDULE = Schedule(epochs=4, batch_size=16, learning_rate=0.01, average_decay=0.9,
                     augmentation="crop_flip")  # fmt: skip
@@ -25,6 +25,10 @@ class Interrupted(Standard):
     def loss(self, model, step):
         if str(step.number) == os.environ.get("KILL_AT"):
             os.kill(os.getpid(), signal.SIGKILL)
+        stopped = os.environ.get("STOP_AT", "").partition(" ")  # "STEP FILE", once
+        if str(step.number) == stopped[0] and not Path(stopped[2]).exists():
+            Path(stopped[2]).touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
         meeting = os.environ.get("MEET_IN")
         if meeting and step.number == 0:
             Path(meeting, f"started-{os.getpid()}").touch()
@@ -39,5 +43,7 @@ def run(cache: Path, console: Console | None = None) -> Trained:
 
 
 def main() -> None:
+    if lease := os.environ.get("LEASE"):
+        store.LEASE, store.HEARTBEAT = float(lease), float(lease) / 4
     trained = run(Path(sys.argv[1]), Console(file=sys.stderr))
     print(json.dumps({"cached": trained.cached, "sha256": trained.sha256}))
