@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustbench_local.errors import UserError
-from robustbench_local.results.leaderboard import ROW, victim_of
+from robustbench_local.results.lines import latest_runs, strongest
 from robustbench_local.results.store import Record, Store
+from robustbench_local.results.summary import ROW, summarise
+from robustbench_local.results.worst_case import per_image
 
 KEYS = (*ROW, "attack", "seed")
 """What a selection may name."""
@@ -175,12 +177,8 @@ def _counted(word: str, records: Sequence[Record]) -> dict[int, list[Record]]:
 
     Seeds count that have met every attack.
     """
-    met: dict[int, dict[str, list[Record]]] = {}
-    for record in sorted(records, key=lambda record: str(record["finished"])):
-        of = met.setdefault(record["seed"], {})
-        if any(victim_of(same[-1]) != victim_of(record) for same in of.values()):
-            of.clear()
-        of.setdefault(record["labels"]["attack"], []).append(record)
+    by_id = {record["run_id"]: record for record in records}
+    met = latest_runs([summarise(record) for record in records])
     attacks = {attack for of in met.values() for attack in of}
     complete = {seed: of for seed, of in met.items() if of.keys() == attacks}
     if not complete:
@@ -189,53 +187,22 @@ def _counted(word: str, records: Sequence[Record]) -> dict[int, list[Record]]:
             f"); expected one at least: type {word},attack={min(attacks)}"
         )
     return {
-        seed: [_strongest(of[attack]) for attack in sorted(of)] for seed, of in complete.items()
+        seed: [by_id[strongest(of[attack]).run_id] for attack in sorted(of)]
+        for seed, of in complete.items()
     }
-
-
-def _strongest(runs: Sequence[Record]) -> Record:
-    """Of runs of one attack, in order of time: the latest, or the lowest of other draws."""
-    latest = {
-        (record["judge_draws"], (record.get("eot") or {}).get("samples")): record for record in runs
-    }
-    return min(latest.values(), key=lambda record: float(record["robust_accuracy"]["value"]))
 
 
 def _side(store: Store, word: str, records: Mapping[int, Sequence[Record]]) -> Side:
-    rows, places = [], []
-    for seed in sorted(records):
-        examples = [store.examples(record["run_id"]) for record in records[seed]]
-        places += [(each.indices, each.labels) for each in examples]
-        randomized = any(
-            record.get("randomized", record["judge_draws"] > 1) for record in records[seed]
-        )
-        robust = np.array([each.robust_correct for each in examples], np.float64)
-        rows.append(_per_image(robust, [each.robust_draws for each in examples], randomized))
+    examples = [store.examples(each["run_id"]) for same in records.values() for each in same]
+    places = [(each.indices, each.labels) for each in examples]
     indices, labels = places[0]
     for other, _ in places[1:]:
         if not np.array_equal(other, indices):
             raise UserError(
                 f"{word} selects records on other test images; expected the same: type a run id"
             )
-    return Side(word, records, np.array(rows), indices, labels)
-
-
-def _per_image(
-    robust: NDArray[np.float64], draws: Sequence[NDArray[np.bool_]], randomized: bool
-) -> NDArray[np.float64]:
-    """The worst case of each image over the attacks, (attacks, n); see `leaderboard.worst_case`."""
-    strongest: NDArray[np.float64] = robust[robust.mean(axis=1).argmin()]
-    if len(robust) == 1 or not randomized:
-        worst: NDArray[np.float64] = robust.min(axis=0)
-        return worst
-    if any(each.ndim < 2 or each.shape[1] < 2 for each in draws):
-        return strongest
-    even, odd = (np.array([each[:, first::2].mean(axis=1) for each in draws]) for first in (0, 1))
-    images = np.arange(robust.shape[1])
-    crossed: NDArray[np.float64] = (
-        odd[even.argmin(axis=0), images] + even[odd.argmin(axis=0), images]
-    ) / 2
-    return min(strongest, crossed, key=lambda values: float(values.mean()))
+    worst = [per_image(store, list(map(summarise, records[seed]))) for seed in sorted(records)]
+    return Side(word, records, np.array(worst, np.float64), indices, labels)
 
 
 def differing(sides: Iterable[Side], key: str) -> list[Any]:

@@ -71,7 +71,7 @@ def line_of(store: "Store", row: list[Summary], origin: str, intervals: Interval
       example over the attacks of a seed and then averaged, is never above any attack's column. The
       limits stay those of one test set, the widest of any seed.
     """
-    runs = _runs(row)
+    runs = latest_runs(row)
     attacks = sorted({attack for met in runs.values() for attack in met})
     complete = {seed: met for seed, met in runs.items() if len(met) == len(attacks)}
     counted = complete or runs
@@ -147,7 +147,7 @@ def _sum(figures: Iterable[float | None]) -> float | None:
     return total
 
 
-def _runs(row: Sequence[Summary]) -> dict[int, dict[str, list[Summary]]]:
+def latest_runs(row: Sequence[Summary]) -> dict[int, dict[str, list[Summary]]]:
     """For each seed and attack its runs on the latest weights of the seed, in order of time."""
     runs: dict[int, dict[str, list[Summary]]] = {}
     for run in sorted(row, key=lambda run: run.finished):
