@@ -33,19 +33,23 @@ if TYPE_CHECKING:
 _CODE = (
     "attacks", "data", "defenses", "evaluation", "models", "training",
     "building.py", "gradients.py", "networks.py", "oracle.py", "randomness.py", "rejection.py",
-    "run.py", "sources.py", "spatial.py", "threat.py",
+    "request.py", "run.py", "sources.py", "spatial.py", "threat.py",
 )  # fmt: skip
+
+_DECIDE_NOTHING = ("paths", "force", "threads")
+"""Keys of the configuration that are in no run id. How sums are rounded on a CPU depends on its
+threads; a record has them in its environment."""
 
 
 def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.device) -> str:
     """The name of a run: a hash of all that decides its numbers.
 
-    The resolved configuration without folders and `force`; the content of the data, of a given
+    The resolved configuration without folders, `force` and `threads`; the content of the data, of a given
     checkpoint and of the models to transfer from in place of their paths; the kind of device; this
     package's code and that of every class from elsewhere that the configuration names; the versions
     of the attack libraries where one of them does the work, in the attack or in the defense.
     """
-    decides = {key: value for key, value in settings.items() if key not in ("paths", "force")}
+    decides = {key: value for key, value in settings.items() if key not in _DECIDE_NOTHING}
     decides["dataset"] = {
         "name": data.name,
         "fingerprint": data.fingerprint,
@@ -185,7 +189,9 @@ def make_record(
             "warnings": list(trained.warnings),
         },
         "environment": environment(device),
-        "config": {key: value for key, value in settings.items() if key != "paths"},
+        "config": {
+            key: value for key, value in settings.items() if key not in ("paths", "threads")
+        },
     }
 
 

@@ -65,7 +65,7 @@ def show(
     for sentence in dict.fromkeys(notes):
         if sentence not in said:
             console.print(f"[yellow]note[/yellow] {escape(sentence)}", soft_wrap=True)
-    said.update(note for record in records for note in _common(record))
+    said.update(note for record in records for note in common_notes(record))
     if any(flag["severe"] for record in records for flag in record["flags"]):
         console.print("* a severe flag: it withholds the rank", soft_wrap=True)
     state = "recorded" if recorded == 0 else f"{recorded} of {len(records)} recorded before"
@@ -217,7 +217,7 @@ def doubts(record: Record) -> list[str]:
     return [*notes, *record["weights"]["warnings"], *learned, *flags]
 
 
-def _common(record: Record) -> list[str]:
+def common_notes(record: Record) -> list[str]:
     """Notes that do not tell one run of a sweep from another: about the data, and the rank."""
     subset = [_told(flag) for flag in record["flags"] if flag["name"] == "subset"]
     return [*record["dataset"]["notes"], *subset, *_provisional(record)]
