@@ -13,6 +13,7 @@ from robustbench_local.cli_errors import (
     split_options,
     told_file,
 )
+from robustbench_local.presets import prefer_own_presets
 from robustbench_local.sweeps.task import FAILURES, task
 
 __all__ = ["CONF", "lifted", "main", "options_first"]
@@ -46,6 +47,7 @@ def main() -> None:
     told = os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         check_dashes(sys.argv[1:])
+        prefer_own_presets()
         command()
     except EXPECTED as error:
         if told != "1":

@@ -78,8 +78,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         not isinstance(threads, int) or isinstance(threads, bool) or threads < 1
     ):
         raise UserError(
-            f"threads={threads} is not a whole number from 1, nor null for torch's own choice; type "
-            "for example threads=2"
+            f"threads={threads} is not a whole number from 1, nor null for torch's own choice; "
+            "type for example threads=2"
         )
     if settings["awareness"] not in ("adaptive", "oblivious"):
         raise UserError(

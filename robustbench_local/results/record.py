@@ -44,10 +44,11 @@ threads; a record has them in its environment."""
 def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.device) -> str:
     """The name of a run: a hash of all that decides its numbers.
 
-    The resolved configuration without folders, `force` and `threads`; the content of the data, of a given
-    checkpoint and of the models to transfer from in place of their paths; the kind of device; this
-    package's code and that of every class from elsewhere that the configuration names; the versions
-    of the attack libraries where one of them does the work, in the attack or in the defense.
+    The resolved configuration without folders, `force` and `threads`; the content of the data, of a
+    given checkpoint and of the models to transfer from in place of their paths; the kind of device;
+    this package's code and that of every class from elsewhere that the configuration names; the
+    versions of the attack libraries where one of them does the work, in the attack or in the
+    defense.
     """
     decides = {key: value for key, value in settings.items() if key not in _DECIDE_NOTHING}
     decides["dataset"] = {

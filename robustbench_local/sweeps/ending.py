@@ -33,14 +33,12 @@ def finish(watch: Watch, results: str) -> None:
             watch.console.print(f"table: {path}", soft_wrap=True, highlight=False)
 
 
-def failed(watch: Watch, display: Display, config: DictConfig) -> list[Ended]:
-    """List the runs that failed, each with its sentence, and what to type; empty where none did."""
-    failures = [ended for ended in watch.ended.values() if ended.error]
-    if not failures:
-        return []
+def tell_failures(failures: Sequence[Ended], watch: Watch, config: DictConfig) -> None:
+    """List the runs that failed, each with its sentence, and what to type."""
+    display = Display()
     if watch.silent:
         _error(display, f"error: {failures[0].error}")
-        return failures
+        return
     of = f"{len(failures)} of {len(watch.plan.jobs)}"
     _error(display, f"error: {of} runs failed; the others are recorded")
     for ended in failures:
@@ -54,13 +52,12 @@ def failed(watch: Watch, display: Display, config: DictConfig) -> list[Ended]:
             options = ["-m", *options]
         own = [word for word in config.hydra.overrides.hydra if _is_typed(word)]
         _error(display, f"these alone: {_COMMAND} {shlex.join([*options, *own, *narrow])}")
-    return failures
 
 
-def interrupted(watch: Watch, display: Display) -> None:
+def tell_interrupted(watch: Watch) -> None:
     """What Ctrl-C left, in one sentence."""
     _error(
-        display,
+        Display(),
         f"interrupted: {len(watch.records)} of {watch.plan.total} runs are recorded and nothing is "
         "torn; the same command goes on with the rest",
     )
@@ -71,7 +68,8 @@ def only_these(jobs: Sequence[Sequence[str]]) -> list[str] | None:
     keys = [word.partition("=")[0] for word in jobs[0]]
     if any([word.partition("=")[0] for word in words] != keys for words in jobs):
         return None
-    values = [dict.fromkeys(word.partition("=")[2] for word in column) for column in zip(*jobs)]
+    columns = zip(*jobs, strict=True)
+    values = [dict.fromkeys(word.partition("=")[2] for word in column) for column in columns]
     if prod(map(len, values)) != len({tuple(words) for words in jobs}):
         return None
     return [f"{key}={','.join(found)}" for key, found in zip(keys, values, strict=True)]

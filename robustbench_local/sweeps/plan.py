@@ -92,7 +92,8 @@ def distinct_trainings_first(jobs: Sequence[Job]) -> list[Job]:
     So processes side by side train different networks and do not wait for one another.
     """
     seen: set[str] = set()
-    first, rest = [], []
+    first: list[Job] = []
+    rest: list[Job] = []
     for job in jobs:
         new = not seen.issuperset(job.trainings)
         seen.update(job.trainings)

@@ -1,12 +1,9 @@
 """A sweep from its plan to its end: what the sweeper `planned` does."""
 
 import os
-import re
 import socket
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,17 +17,15 @@ from robustbench_local.errors import UserError
 from robustbench_local.results.store import check_writable
 from robustbench_local.sweep import SAID
 from robustbench_local.sweeps.devices import cores, visible_gpus
-from robustbench_local.sweeps.ending import failed, finish, interrupted
+from robustbench_local.sweeps.ending import finish, tell_failures, tell_interrupted
 from robustbench_local.sweeps.estimate import Estimate, estimate
 from robustbench_local.sweeps.journal import VARIABLE, Info, Journal
-from robustbench_local.sweeps.plan import Job, Plan, make_plan
+from robustbench_local.sweeps.launch import launch_all
+from robustbench_local.sweeps.plan import Plan, make_plan
 from robustbench_local.sweeps.watch import Watch, duration
 
 if TYPE_CHECKING:
     from hydra_plugins.robustbench_local.planned import PlannedSweeper
-
-TRIES = 3
-"""How often a job is launched whose process is killed each time."""
 
 _NEEDS = {
     "hydra_joblib_launcher": ("joblib", "hydra-joblib-launcher"),
@@ -78,25 +73,22 @@ def sweep(sweeper: "PlannedSweeper", arguments: Sequence[str]) -> None:
     if not info.alone:
         _announce(plan, expected, info, display)
     journal.open(info)
+    sweeper.watch = watch
     try:
         with journal.lock:
-            sweeper.watch = watch
-            here = str(config.hydra.launcher._target_).endswith(".BasicLauncher")
-            if here:
-                _launch(sweeper, watch, display)
-            else:
-                with watch.watching():
-                    _launch(sweeper, watch, display)
+            launch_all(sweeper, watch, display)
     except KeyboardInterrupt:
         watch.look()
         journal.remove()
-        interrupted(watch, display)
+        tell_interrupted(watch)
         sys.exit(130)
     finish(watch, str(config.paths.results))
-    if failures := failed(watch, display, config):
-        del failures
+    failures = watch.failures
+    if not (failures and (journal.folder / "submitit").is_dir()):  # what its jobs have printed
+        journal.remove()
+    if failures:
+        tell_failures(failures, watch, config)
         sys.exit(1)
-    journal.remove()
 
 
 def workers(config: DictConfig) -> int:
@@ -176,97 +168,3 @@ def _announce(plan: Plan, expected: Estimate, info: Info, display: Display) -> N
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _launch(sweeper: "PlannedSweeper", watch: Watch, display: Display) -> None:
-    """Launch all jobs, and again those whose process was killed; every job has ended then."""
-    waiting, number = list(watch.plan.to_launch), 0
-    kills: Counter[Job] = Counter()
-    target = str(sweeper.config.hydra.launcher._target_)  # type: ignore[union-attr]
-    size = sweeper.max_batch_size
-    if size is None and target.endswith(".submitit_launcher.LocalLauncher"):
-        size = watch.journal.info().workers  # it starts everything at once
-    while waiting:
-        batch = waiting[:size]
-        watch.expect(number, batch)
-        broken = _launch_batch(sweeper, batch, number)
-        number += len(batch)
-        _wait_for_survivors(watch, batch)
-        open_ = [job for job in batch if job not in watch.ended and not watch.recover(job)]
-        begun = [job for job in open_ if watch.started(job) is not None]
-        kills.update(begun)
-        hopeless = [job for job in begun if kills[job] >= TRIES]
-        if len(open_) == len(batch) and not begun:  # the launcher itself does not work
-            hopeless = open_
-        for job in hopeless:
-            watch.give_up(job, _why(broken, kills[job]))
-        again = [job for job in open_ if job not in hopeless]
-        if again:
-            display.say(
-                f"a process of the sweep was lost ({_name(broken)}); of {len(batch)} runs "
-                f"{len(again)} that had not ended are launched again"
-            )
-        waiting = again + waiting[len(batch) :]
-
-
-def _launch_batch(sweeper: "PlannedSweeper", batch: Sequence[Job], number: int) -> Exception | None:
-    """What the launcher raises is told in a sentence, beside what the journal says."""
-    assert sweeper.launcher is not None
-    try:
-        with _all_awaited():
-            sweeper.launcher.launch([list(job.overrides) for job in batch], number)
-    except UserError:
-        raise
-    except Exception as error:  # of any launcher: a killed process, a queue that refuses
-        return error
-    return None
-
-
-@contextmanager
-def _all_awaited() -> Iterator[None]:
-    """Have submitit wait for all jobs before it raises what one of them came to."""
-    submitit = sys.modules.get("submitit") or (find_spec("submitit") and __import__("submitit"))
-    if not submitit:
-        yield
-        return
-    plain = submitit.AutoExecutor.map_array
-
-    def map_array(self: object, *arguments: object) -> object:
-        jobs = plain(self, *arguments)
-        for job in jobs:
-            job.exception()
-        return jobs
-
-    submitit.AutoExecutor.map_array = map_array
-    try:
-        yield
-    finally:
-        submitit.AutoExecutor.map_array = plain
-
-
-def _wait_for_survivors(watch: Watch, batch: Sequence[Job]) -> None:
-    """Where a launcher ended before its jobs: those whose process lives end by themselves."""
-    import time
-
-    while True:
-        watch.look()
-        entries = [watch.started(job) for job in batch if job not in watch.ended]
-        if not any(entry and entry.lives and entry.pid != os.getpid() for entry in entries):
-            return
-        time.sleep(0.2)
-
-
-def _why(broken: Exception | None, kills: int) -> str:
-    if kills:
-        return (
-            f"its process was killed {kills} times before it could say anything "
-            f"({_name(broken)}): out of memory, perhaps"
-        )
-    return f"it could not be launched ({_name(broken)})"
-
-
-def _name(broken: Exception | None) -> str:
-    if broken is None:
-        return "it left no word"
-    first = re.split(r"\n|(?<=[.!:]) ", str(broken).strip())[0]
-    return f"{type(broken).__name__}: {first}" if first else type(broken).__name__

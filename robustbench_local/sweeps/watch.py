@@ -75,6 +75,11 @@ class Watch:
                 if entry is not None and entry.state != "running":
                     self._close(self._launched.pop(number), entry)
 
+    @property
+    def failures(self) -> list[Ended]:
+        """The jobs that failed."""
+        return [ended for ended in self.ended.values() if ended.error]
+
     def started(self, job: Job) -> Entry | None:
         """What a job that has not ended has said."""
         numbers = [number for number, each in self._launched.items() if each is job]
