@@ -211,16 +211,19 @@ def _told(flag: Mapping[str, Any]) -> str:
 def doubts(record: Record) -> list[str]:
     """Every sentence of a record that a reader of its numbers should know; a star: severe."""
     flags = [_told(flag) for flag in record["flags"]]
-    # The flag `subset` says what the note of the dataset says.
-    notes = [note for note in record["dataset"]["notes"] if not note.startswith("subset:")]
     learned = [told for about in record.get("learned", {}).values() for told in about["warnings"]]
-    return [*notes, *record["weights"]["warnings"], *learned, *flags]
+    return [*_data_notes(record), *record["weights"]["warnings"], *learned, *flags]
+
+
+def _data_notes(record: Record) -> list[str]:
+    """Without that of a subset, since the flag says the same."""
+    return [note for note in record["dataset"]["notes"] if not note.startswith("subset:")]
 
 
 def common_notes(record: Record) -> list[str]:
     """Notes that do not tell one run of a sweep from another: about the data, and the rank."""
     subset = [_told(flag) for flag in record["flags"] if flag["name"] == "subset"]
-    return [*record["dataset"]["notes"], *subset, *_provisional(record)]
+    return [*_data_notes(record), *subset, *_provisional(record)]
 
 
 def _provisional(record: Record) -> list[str]:

@@ -112,16 +112,21 @@ def varying(batch: Sequence[Sequence[str]]) -> set[str]:
 
 
 def name_job(words: Sequence[str], keys: set[str], groups: Sequence[str]) -> str:
-    """What tells a job from the others: choices by their names, other keys with their values."""
-    told = []
+    """What tells a job from the others: choices by their names, other keys with their values.
+
+    Groups come first, in the order given, then the awareness, then the rest as it was typed.
+    """
+    named = [*groups, "awareness"]
+    told: list[tuple[int, str]] = []
     for word in words:
         key, _, value = word.partition("=")
-        if key in keys:
-            key = key.lstrip("+")
-            plain = key in groups or key == "awareness"
-            value = value.strip("[]").replace(",", "+") if key == "defense" else value
-            told.append(value if plain else f"{key.rpartition('.')[2]}={value}")
-    return ", ".join(told or words)
+        if key not in keys:
+            continue
+        if key == "defense":
+            value = value.strip("[]").replace(",", "+")
+        place = named.index(key) if key in named else len(named)
+        told.append((place, value if key in named else f"{key.rpartition('.')[2]}={value}"))
+    return ", ".join(text for _, text in sorted(told, key=lambda each: each[0])) or ", ".join(words)
 
 
 class _Planner:
