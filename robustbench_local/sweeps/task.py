@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -60,6 +61,8 @@ def _run_journalled(config: "DictConfig", journal: Journal) -> None:
     entry = journal.begin(hydra.job.num, hydra.overrides.task)
     began = time.monotonic()
     error, run_ids = "", []
+    _end_with(info.pid)
+    _RUNNING.acquire()
     try:
         from robustbench_local.sweeps.devices import settle
 
@@ -79,4 +82,29 @@ def _run_journalled(config: "DictConfig", journal: Journal) -> None:
     except (Exception, SystemExit) as failure:  # of somebody's own class, or a defect of ours
         traceback.print_exc()
         error = f"{type(failure).__name__}: {failure}"
+    finally:
+        _RUNNING.release()
     journal.end(entry, time.monotonic() - began, run_ids=run_ids, error=error)
+
+
+_RUNNING = threading.Lock()
+"""Held while this process runs something."""
+
+
+def _end_with(launcher: int) -> None:
+    """Have a child of the launching process end after its run where that process was killed.
+
+    Else those of joblib would wait for more, with what they hold of a GPU.
+    """
+
+    def wait() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        with _RUNNING:
+            os._exit(1)
+
+    if os.getppid() == launcher and not any(t.name == _WATCH for t in threading.enumerate()):
+        threading.Thread(target=wait, name=_WATCH, daemon=True).start()
+
+
+_WATCH = "robustbench_local: does the launching process live"

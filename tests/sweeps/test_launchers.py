@@ -68,7 +68,8 @@ def test_processes_side_by_side_leave_the_same_records(cli):
     Path("counted.py").write_text(COUNTED)
     Path("own/defense").mkdir(parents=True)
     Path("own/defense/counted.yaml").write_text("recipe: {counted: {_target_: counted.Counted}}\n")
-    words = ("-m", "--config-dir", "own", *SMALL, "defense=counted", "attack=noise,fgsm,pgd", "seed=0,1")  # fmt: skip
+    words = ("-m", "--config-dir", "own", *SMALL, "defense=counted", "attack=noise,fgsm,pgd")
+    words = (*words, "seed=0,1")
     try:
         assert cli(*words)[0] == 0
         alone = Path("epochs.txt").read_text().split()
