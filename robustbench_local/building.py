@@ -74,6 +74,14 @@ def check_settings(settings: Mapping[str, Any]) -> None:
                 f"{key}={value} is not a whole number from {least}; type for example "
                 f"{key}={max(least, 10)}"
             )
+    threads = settings["threads"]
+    if threads is not None and (
+        not isinstance(threads, int) or isinstance(threads, bool) or threads < 1
+    ):
+        raise UserError(
+            f"threads={threads} is not a whole number from 1, nor null for torch's own choice; "
+            "type for example threads=2"
+        )
     if settings["awareness"] not in ("adaptive", "oblivious"):
         raise UserError(
             f"awareness={settings['awareness']} is unknown; expected adaptive (the attack faces "

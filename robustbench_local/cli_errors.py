@@ -14,6 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from robustbench_local.errors import FoulError, UserError
 
+PACKAGE = Path(__file__).resolve().parent
+CONF = next(
+    (folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()),
+    PACKAGE / "conf",
+)
+"""The configuration files: in an installed package, or beside it in a checkout."""
+
 ADDED = frozenset({"experiment"})
 """Groups that the main configuration chooses nothing from, so that a choice begins with +."""
 
@@ -55,6 +62,11 @@ def sentence(error: BaseException, conf: Path) -> str:
     causes = [" ".join(str(cause).split()) for cause in _causes(error)]
     root = causes[-1] if causes[-1] not in text else ""
     return f"{text} {root}".strip() + "; type --help for the groups, --cfg job for every key"
+
+
+def told_file(error: OSError) -> str:
+    """About a file or folder that the system refuses."""
+    return f"{error.filename or 'a file'} cannot be used ({error.strerror or error})"
 
 
 def check_dashes(words: Sequence[str]) -> None:
@@ -204,3 +216,21 @@ def _keys(node: DictConfig, path: str = "") -> Iterator[str]:
             yield from _keys(child, f"{path}{name}.")
         else:
             yield f"{path}{name}"
+
+
+_TAKE_A_WORD = ("--cfg", "--config-dir", "--config-name", "--config-path", "--experimental-rerun",
+                "--package", "-c", "-cd", "-cn", "-cp", "-p")  # fmt: skip
+"""Hydra's options that the word behind them belongs to; `--info` and `-i` may have one."""
+
+
+def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's options, with the words that belong to them, and the overrides of a command line."""
+    options: list[str] = []
+    overrides: list[str] = []
+    before = ""
+    for word in words:
+        optional = before in ("--info", "-i") and "=" not in word and not word.startswith("-")
+        value = before in _TAKE_A_WORD or optional
+        (options if value or word.startswith("-") else overrides).append(word)
+        before = "" if value else word
+    return options, overrides

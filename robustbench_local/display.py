@@ -23,14 +23,24 @@ def output() -> Console:
 
 
 class Display:
-    """Tables go to standard output, progress and warnings to standard error."""
+    """Tables go to standard output, progress and warnings to standard error.
 
-    def __init__(self) -> None:
+    Bars are for one process on a terminal: they are left out where it is not `live`. Sentences that
+    are `said` already, in the other runs of a sweep, are not repeated; without that set all are.
+    """
+
+    def __init__(self, *, live: bool = True, said: set[str] | None = None) -> None:
         self.output = output()
-        self.errors = Console(stderr=True, quiet=not leads())
+        terminal = None if live else False
+        self.errors = Console(stderr=True, quiet=not leads(), force_terminal=terminal)
+        self.said = said
 
     def say(self, sentence: str) -> None:
         """One sentence about what is going on."""
+        if self.said is not None:
+            if sentence in self.said:
+                return
+            self.said.add(sentence)
         self.errors.print(escape(sentence), style="yellow", soft_wrap=True, highlight=False)
 
     @contextmanager

@@ -5,24 +5,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from robustbench_local.attacks import Attack, Transfer
 from robustbench_local.attacks.samples import leaves_samples_open
-from robustbench_local.building import (
-    Point,
-    build,
-    build_attack,
-    build_defense,
-    build_threat,
-    check_chosen,
-    check_settings,
-    choose_device,
-    epsilons,
-    ignore_defense,
-)
-from robustbench_local.data import Dataset, load
+from robustbench_local.building import Point, build, build_attack, check_chosen
+from robustbench_local.data import Dataset
 from robustbench_local.defenses import (
     Defense,
     declared_samples,
@@ -49,27 +39,28 @@ from robustbench_local.identity import file_sha256
 from robustbench_local.networks import equip, get_model, make_workshop
 from robustbench_local.oracle import Oracle
 from robustbench_local.processes import agree, leads, together
-from robustbench_local.results import Record, Store, write_leaderboard
+from robustbench_local.request import Request
+from robustbench_local.results import Record, write_leaderboard
 from robustbench_local.results.curve import draw_curve
 from robustbench_local.results.labels import choice_label
-from robustbench_local.results.record import make_record, run_identity
+from robustbench_local.results.record import make_record
 from robustbench_local.results.report import show
 from robustbench_local.results.shards import Shards, check_batches, show_parts
-from robustbench_local.results.store import check_writable
 from robustbench_local.sweep import SAID
 from robustbench_local.threat import ThreatModel
-from robustbench_local.tracking import build_tracker, track
+from robustbench_local.tracking import track
 from robustbench_local.training import Trained, Workshop
 from robustbench_local.types import Model
 
 
-def run_from_hydra(config: DictConfig) -> list[Record]:
+def run_from_hydra(config: DictConfig, *, silent: bool = False, live: bool = True) -> list[Record]:
     """`run` for a configuration that Hydra composed; its choices give the names of the row."""
     hydra = HydraConfig.get()
     check_chosen(hydra.overrides.task)
     runtime = hydra.runtime
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
-    return run(config, Choices(dict(runtime.choices), tuple(folders)), said=SAID)
+    choices = Choices(dict(runtime.choices), tuple(folders))
+    return run(config, choices, said=SAID, silent=silent, live=live)
 
 
 @dataclass(frozen=True)
@@ -84,45 +75,36 @@ class Choices:
     labels: Mapping[str, Any] | None = None
 
 
-def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -> list[Record]:
+def run(
+    config: DictConfig,
+    choices: Choices,
+    *,
+    said: set[str] | None = None,
+    silent: bool = False,
+    live: bool = True,
+) -> list[Record]:
     """Evaluate one defended model under one attack; one record for each `threat.epsilon`.
 
     What is recorded already is shown from its record unless `config.force`; notes about the data
     that are in `said` are not printed again, and the others join them. Of a `shard` that is not the
-    last one there is no record yet. Raises `UserError` before anything is recorded where the
-    configuration, the data, the model or the folders are wrong.
+    last one there is no record yet. A `silent` run, of a sweep, leaves its records and no more: no
+    table, no leaderboard. Bars are shown where it is `live`. Raises `UserError` before anything is
+    recorded where the configuration, the data, the model or the folders are wrong.
     """
-    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    check_settings(settings)
-    display = Display()
-    defense = build_defense(config.defense)
-    if settings["awareness"] == "oblivious":
-        ignore_defense(settings, defense, display)
-    device, shard = choose_device(str(config.device)), Shard.parse(settings.get("shard"))
-    points = [Point(build_threat(config, value)) for value in epsilons(settings)]
-    attack = build_attack(settings, 1)
-    for point in points:
-        attack.require(point.threat)
-    if defense.abstains and settings["awareness"] == "adaptive":
-        attack.require_rejection()
-    for part in (config.audit, config.eot):  # mistakes in them are told before any training
-        build(part)
-    data_dir, cache, results = (
-        Path(str(config.paths[key])).expanduser() for key in ("data", "cache", "results")
-    )
-    tracker = build_tracker(config.get("tracking"))
-    store = Store(results)
-    check_writable(store.records, "paths.results")
-    check_writable(cache, "paths.cache")
-
-    data = load(build(config.dataset), data_dir, cache, device)
+    display = Display(live=live, said=said if silent else None)
+    request = Request.read(config, display)
+    settings, defense, attack = request.settings, request.defense, request.attack
+    points, device, cache, store = request.points, request.device, request.cache, request.store
+    if settings["threads"] is not None:
+        torch.set_num_threads(settings["threads"])
+    data = request.load(device)
     for point in points:
         attack.check(data, point.threat)
-    shards = None
+    shard, shards = request.shard, None
     if shard is not None:
         check_batches(shard, attack, points, len(data.test), settings["batch_size"])
         shards = Shards(store, shard, attack.fold, again=config.force)
-    run_ids = [run_identity(point.settings(settings), data, device) for point in points]
+    run_ids = request.run_ids(data)
     find = store.find if shards is None else shards.find
     known = {} if config.force else {name: find(name) for name in run_ids}
     records: dict[str, Record] = {name: record for name, record in known.items() if record}
@@ -149,18 +131,17 @@ def run(config: DictConfig, choices: Choices, *, said: set[str] | None = None) -
                     records[record["run_id"]] = record
                 elif whole := shards.add(record, outcomes):
                     records[record["run_id"]] = whole
-    if shards and (parts := [name for name in run_ids if name not in records]):
+    finished = [records[name] for name in run_ids if name in records]
+    parts = [name for name in run_ids if name not in records]  # of runs that are not whole yet
+    if shards and parts and not silent:
         show_parts(shards, parts, display.output, measured_now=measured_now)
-        if records:
-            write_leaderboard(store)
-        track(tracker, list(records.values()), results, cache, display)
-        return list(records.values())
-    leaderboard = write_leaderboard(store)
-    finished = [records[run_id] for run_id in run_ids]
-    show(finished, display.output, leaderboard=leaderboard, recorded=recorded, said=said)
-    if len(finished) > 1:
-        display.output.print(f"curve: {draw_curve(store, finished)}", soft_wrap=True)
-    track(tracker, finished, results, cache, display)
+    if finished and not silent:
+        leaderboard = write_leaderboard(store)
+        if not parts:
+            show(finished, display.output, leaderboard=leaderboard, recorded=recorded, said=said)
+        if len(finished) > 1 and not parts:
+            display.output.print(f"curve: {draw_curve(store, finished)}", soft_wrap=True)
+    track(request.tracker, finished, store.folder, cache, display)
     return finished
 
 

@@ -130,9 +130,10 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How much of a benchmark to run: little in CI, more for figures that are published."""
+    """How much of a benchmark or an ordeal to run: little in CI, more for figures to publish."""
     parser.addoption("--pixel-images", type=int, default=3, help="images of the one-pixel races")
     parser.addoption("--fold-records", type=int, default=0, help="records of the large leaderboard")
+    parser.addoption("--kills", type=int, default=3, help="processes of sweeps that are killed")
 
 
 @pytest.fixture(autouse=True)

@@ -34,12 +34,13 @@ if TYPE_CHECKING:
 _CODE = (
     "attacks", "data", "defenses", "evaluation", "models", "training",
     "building.py", "gradients.py", "networks.py", "oracle.py", "randomness.py", "rejection.py",
-    "run.py", "sources.py", "spatial.py", "threat.py",
+    "request.py", "run.py", "sources.py", "spatial.py", "threat.py",
 )  # fmt: skip
 
 
-AROUND = ("paths", "shard", "tracking")
-"""Settings about where a run happens and who is told of it, which no number depends on."""
+AROUND = ("paths", "shard", "threads", "tracking")
+"""Settings about where a run happens and who is told of it. How sums are rounded on a CPU depends
+on its threads, which a record has in its environment; no number depends on the others."""
 
 
 def run_identity(settings: Mapping[str, Any], data: Dataset, device: torch.device) -> str:

@@ -65,7 +65,7 @@ def show(
     for sentence in dict.fromkeys(notes):
         if sentence not in said:
             console.print(f"[yellow]note[/yellow] {escape(sentence)}", soft_wrap=True)
-    said.update(note for record in records for note in _common(record))
+    said.update(note for record in records for note in common_notes(record))
     if any(flag["severe"] for record in records for flag in record["flags"]):
         console.print("* a severe flag: it withholds the rank", soft_wrap=True)
     state = "recorded" if recorded == 0 else f"{recorded} of {len(records)} recorded before"
@@ -211,16 +211,19 @@ def _told(flag: Mapping[str, Any]) -> str:
 def doubts(record: Record) -> list[str]:
     """Every sentence of a record that a reader of its numbers should know; a star: severe."""
     flags = [_told(flag) for flag in record["flags"]]
-    # The flag `subset` says what the note of the dataset says.
-    notes = [note for note in record["dataset"]["notes"] if not note.startswith("subset:")]
     learned = [told for about in record.get("learned", {}).values() for told in about["warnings"]]
-    return [*notes, *record["weights"]["warnings"], *learned, *flags]
+    return [*_data_notes(record), *record["weights"]["warnings"], *learned, *flags]
 
 
-def _common(record: Record) -> list[str]:
+def _data_notes(record: Record) -> list[str]:
+    """Without that of a subset, since the flag says the same."""
+    return [note for note in record["dataset"]["notes"] if not note.startswith("subset:")]
+
+
+def common_notes(record: Record) -> list[str]:
     """Notes that do not tell one run of a sweep from another: about the data, and the rank."""
     subset = [_told(flag) for flag in record["flags"] if flag["name"] == "subset"]
-    return [*record["dataset"]["notes"], *subset, *_provisional(record)]
+    return [*_data_notes(record), *subset, *_provisional(record)]
 
 
 def _provisional(record: Record) -> list[str]:

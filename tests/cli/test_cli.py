@@ -160,24 +160,65 @@ def test_a_sweep_makes_one_line_per_row_and_a_column_per_attack(cli):
     assert (table["worst_case"] <= worst.min(axis=1) + 1e-12).all()
 
 
+def progress(finished):
+    """The lines of a sweep that tell of one run each: place, name, figures."""
+    found = re.findall(r"^ *(\d+) of (\d+)  (.*?): (.*)$", finished.out, re.M)
+    return [(int(place), int(of), name, told) for place, of, name, told in found]
+
+
 def test_runs_of_a_sweep_are_numbered_and_share_what_is_said_of_the_data(cli):
     words = ("-m", *QUICK, "attack=noise,fgsm", "threat.epsilon=0.1,26/255", "attack.seed=0")
-    for _ in range(2):
-        lines = cli(*words).out.splitlines()
-        assert [line for line in lines if line.startswith("run ") or "#" in line] == [
-            f"run {place} of 4: attack={attack} threat.epsilon={radius}"
-            for place, (attack, radius) in enumerate(
-                [(attack, radius) for attack in ("noise", "fgsm") for radius in ("0.1", "26/255")],
-                1,
-            )
-        ]
-        for said in ("EMBEDDED SUBSET", "note subset", "note provisional"):
-            assert sum(said in line for line in lines) == 1
-        assert lines.index("run 1 of 4: attack=noise threat.epsilon=0.1") < 2
-    assert not any(line.startswith("run ") for line in cli(*QUICK).out.splitlines())
+    finished = cli(*words)
+    assert [line[:3] for line in progress(finished)] == [
+        (place, 4, f"{attack}, epsilon={radius}")
+        for place, (attack, radius) in enumerate(
+            [(attack, radius) for attack in ("noise", "fgsm") for radius in ("0.1", "26/255")], 1
+        )
+    ]
+    lines = finished.out.splitlines()
+    assert lines[0] == "4 runs, 0 of them recorded already"
+    assert lines[1] == "those to run share 1 trained network, 0 of them in the cache"
+    assert "no estimate of the time" in lines[2]
+    for said in ("EMBEDDED SUBSET", "note subset", "note provisional"):
+        assert sum(said in line for line in lines) == 1
+    shown = {name: told for _, _, name, told in progress(finished)}
+    for record in records().values():
+        radius = "0.1" if record["config"]["threat"]["epsilon"] == 0.1 else "26/255"
+        told = shown[f"{record['labels']['attack'].split('-')[0]}, epsilon={radius}"]
+        clean, robust = record["clean_accuracy"], record["robust_accuracy"]
+        assert told.startswith(
+            f"clean {100 * clean['value']:.1f}, robust {100 * robust['value']:.1f} "
+            f"({100 * robust['low']:.1f} - {100 * robust['high']:.1f}), n 100, "
+        )
+    assert progress(cli(*QUICK)) == []
 
 
-def test_a_sweep_that_searches_has_no_total(capsys):
+def test_a_sweep_runs_nothing_that_is_recorded_and_compares_it_all(cli):
+    words = ("-m", *QUICK, "attack=noise,fgsm", "threat.epsilon=0.1,0.2", "attack.seed=0")
+    cli(*QUICK, "attack=fgsm", "threat.epsilon=0.2", "attack.seed=0")
+    assert [line[:3] for line in progress(cli(*words))] == [
+        (2, 4, "noise, epsilon=0.1"), (3, 4, "noise, epsilon=0.2"), (4, 4, "fgsm, epsilon=0.1"),
+    ]  # fmt: skip
+    before = files("results/records")
+    again = cli(*words)
+    assert again.out.splitlines()[0] == "4 runs, 4 of them recorded already"
+    assert progress(again) == [] and "robust accuracy in %" in again.out
+    assert files("results/records") == before
+    more = cli(*words, "seed=0,1")
+    assert "about" in more.out.splitlines()[2]
+    assert "2 of 4 have earlier runs of the same attack" not in more.out
+    assert not list(Path("cache/sweeps").iterdir())
+
+
+def test_runs_that_come_to_the_same_are_run_once(cli):
+    done = cli(
+        "-m", *QUICK, "attack=noise", "threat.epsilon=26/255,0.1", "awareness=oblivious,adaptive"
+    )
+    assert [of for _, of, _, _ in progress(done)] == [2, 2]
+    assert len(records()) == 2
+
+
+def test_a_sweeper_that_searches_has_no_total(capsys):
     """Hydra's other sweepers decide on the way how many runs there are."""
     compare = Compare()
     sweeper = {"_target_": "hydra_plugins.search.Sweeper", "params": {"x": "interval(0,1)"}}
@@ -195,12 +236,13 @@ def test_a_sweep_of_an_experiment_is_counted_with_what_overrides_it(cli):
     )
     words = ("--config-dir", "mine", "+experiment=several", *QUICK[1:], "seed=3")
 
-    def headings(*more):
-        return [line for line in cli(*words, *more).out.splitlines() if line.startswith("run ")]
+    def told(*more):
+        return [line[:3] for line in progress(cli(*words, *more))]
 
-    assert headings("attack=noise,fgsm") == ["run 1 of 2: attack=noise", "run 2 of 2: attack=fgsm"]
-    assert headings("attack=glob(noi*)") == []  # one run is no sweep
-    assert headings("attack=glob(*gsm)")[1:] == ["run 2 of 2: attack=mi_fgsm"]
+    assert told("attack=noise,fgsm") == [(1, 2, "noise"), (2, 2, "fgsm")]
+    alone = cli(*words, "attack=glob(noi*)")
+    assert progress(alone) == [] and "recorded before" in alone.out  # one run is no sweep
+    assert told("attack=glob(*gsm)") == [(2, 2, "mi_fgsm")]
 
 
 def test_a_list_of_epsilons_is_a_curve_of_records_and_a_picture(cli):
@@ -280,8 +322,15 @@ def test_a_substitute_reports_its_queries(cli):
 def test_a_failing_run_does_not_stop_a_sweep(cli):
     finished = cli("-m", *QUICK, "attack=noise", "attack.samples=0,1")
     assert finished.code == 1
-    assert "attack.samples=0" in finished.err
+    assert "1 of 2 runs failed" in finished.err
+    assert "  samples=0: attack.samples=0; expected a whole number" in finished.err
     assert len(records()) == 1
+    missing, alone = (line for line in finished.err.splitlines() if "python -m" in line)
+    command = alone.partition("python -m robustbench_local ")[2]
+    assert "attack.samples=0" in command and "attack.samples=0,1" in missing
+    # What is quoted is what failed: put right, it is the one run that was missing.
+    done = cli(*shlex.split(command.replace("attack.samples=0", "attack.samples=2")))
+    assert done.code == 0 and len(records()) == 2
 
 
 FAILING = """
@@ -304,7 +353,9 @@ def test_an_exception_in_a_class_of_ones_own_ends_its_run_and_not_the_sweep(cli)
     try:
         done = cli("-m", *words, "defense=failing,none")
         assert done.code == 1
-        assert done.err.count("RuntimeError: of my own") == 2
+        assert done.err.count("Traceback") == 2
+        for attack in ("noise", "fgsm"):
+            assert f"  failing, {attack}: RuntimeError: of my own" in done.err.splitlines()
         assert len(records()) == 2 and "worst case" in done.out.replace("\n", " ")
         with pytest.raises(RuntimeError, match="of my own"):  # alone it keeps its traceback
             cli("--config-dir", "own", *QUICK, "defense=failing")
