@@ -17,18 +17,22 @@ from robustbench_local.building import build, build_attack
 from robustbench_local.data import Source
 from robustbench_local.defenses import Defense
 from robustbench_local.evaluation import Audit
+from robustbench_local.presets import prefer_own_presets
+from robustbench_local.results.__main__ import parser
 from robustbench_local.selftest.__main__ import HELP
 from robustbench_local.selftest.__main__ import composed as composed_selftest
 from robustbench_local.threat import ThreatModel
+from robustbench_local.tracking import build_tracker
 from robustbench_local.training import Schedule
 
 ROOT = Path(__file__).parents[2]
-GROUPS = ("attack", "audit", "dataset", "defense", "model", "threat", "train")
+GROUPS = ("attack", "audit", "dataset", "defense", "model", "threat", "tracking", "train")
 FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md")), CONF / "config.yaml"]
 
 
 def composed(*overrides):
+    prefer_own_presets()  # as the command does
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", list(overrides), return_hydra_config=True)
 
@@ -61,6 +65,9 @@ def test_every_file_builds_what_its_group_means(group, choice):
         assert isinstance(build(node), ThreatModel)
     elif group == "defense":
         assert Defense(**build(node)).name == choice
+    elif group == "tracking":
+        tracker = build_tracker(node)
+        assert tracker is None if choice == "none" else type(tracker).__name__.lower() == choice
     elif group == "train":
         Schedule.from_config(OmegaConf.to_container(node, resolve=True))
     elif choice == "custom":
@@ -114,10 +121,15 @@ def test_defenses_can_be_given_alone_or_as_a_list():
     assert Defense(**build(composed("defense=[]").defense)).name == "none"
 
 
+COMMAND = r"(?:python3?|torchrun \S+) -m robustbench_local(?!\.)\b([^`\n]*)"
+
+
 def commands():
     for page in PAGES:
         for line in page.read_text().replace("\\\n", " ").splitlines():
-            for quoted in re.findall(r"python3? -m robustbench_local(?!\.)\b([^`\n]*)", line):
+            for quoted in re.findall(
+                r"(?:python3?|torchrun \S+) -m robustbench_local(?!\.)\b([^`\n]*)", line
+            ):
                 if "own_conf" not in quoted:  # its files are on the page: test_cli.py runs it
                     command = quoted.split("#")[0].strip()
                     yield pytest.param(command, id=f"{page.name}:{quoted.strip()}")
@@ -174,6 +186,20 @@ def test_every_quoted_selftest_composes(command):
     if "--config-dir" in words:
         del words[words.index("--config-dir") :]
     assert "_target_" in composed_selftest(words).attack
+
+
+def looks_at_results():
+    pages = [*PAGES, ROOT / "results" / "README.md"]
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
+    for line in text.splitlines():
+        for quoted in re.findall(r"python3? -m robustbench_local\.results\b([^`\n]*)", line):
+            yield quoted.split("#")[0].split(" |")[0].strip()
+
+
+@pytest.mark.parametrize("command", sorted(set(looks_at_results())))
+def test_every_quoted_look_at_results_is_read(command):
+    wanted = next((word for word in shlex.split(command) if not word.startswith("-")), None)
+    assert vars(parser().parse_args(shlex.split(command)))["command"] == wanted
 
 
 @pytest.mark.parametrize("library", ["torchattacks", "art"])
