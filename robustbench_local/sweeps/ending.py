@@ -39,8 +39,8 @@ def tell_failures(failures: Sequence[Ended], watch: Watch, config: DictConfig) -
     if watch.silent:
         _error(display, f"error: {failures[0].error}")
         return
-    of = f"{len(failures)} of {len(watch.plan.jobs)}"
-    _error(display, f"error: {of} runs failed; the others are recorded")
+    done = "; the others are recorded" if watch.records else ""
+    _error(display, f"error: {len(failures)} of {len(watch.plan.jobs)} runs failed{done}")
     for ended in failures:
         _error(display, f"  {ended.job.name}: {ended.error}")
     options, words = split_options(sys.argv[1:])

@@ -33,7 +33,8 @@ def launch_all(sweeper: "PlannedSweeper", watch: Watch, display: Display) -> Non
     kills: Counter[Job] = Counter()
     with nullcontext() if here else watch.watching():
         while waiting:
-            batch = waiting[:size]
+            # One that takes its process down takes the others along: by itself it harms none.
+            batch = [job for job in waiting if not kills[job]][:size] or waiting[:1]
             watch.expect(number, batch)
             broken = _launch(sweeper, batch, number, submitit=".submitit_launcher." in target)
             number += len(batch)
@@ -43,7 +44,7 @@ def launch_all(sweeper: "PlannedSweeper", watch: Watch, display: Display) -> Non
                     f"a process of the sweep was lost ({_name(broken)}); of {len(batch)} runs "
                     f"{len(again)} that had not ended are launched again"
                 )
-            waiting = again + waiting[len(batch) :]
+            waiting = [job for job in waiting if job not in batch or job in again]
 
 
 def _launch(
@@ -114,5 +115,5 @@ def _why(broken: Exception | None, kills: int) -> str:
 def _name(broken: Exception | None) -> str:
     if broken is None:
         return "it left no word"
-    first = re.split(r"\n|(?<=[.!:]) ", str(broken).strip())[0]
+    first = re.split(r"\n|(?<=[.!:]) ", str(broken).strip())[0].rstrip(".:")
     return f"{type(broken).__name__}: {first}" if first else type(broken).__name__

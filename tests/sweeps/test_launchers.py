@@ -185,9 +185,9 @@ def test_a_launcher_that_launches_nothing_is_told_for_every_run(cli, monkeypatch
     code, _, err = cli("-m", *SMALL, "seed=0,1", "hydra/launcher=joblib")
     assert code == 1 and "Traceback" not in err
     assert err.splitlines()[:3] == [
-        "error: 2 of 2 runs failed; the others are recorded",
-        "  seed=0: it could not be launched (ConnectionError: the queue is closed.)",
-        "  seed=1: it could not be launched (ConnectionError: the queue is closed.)",
+        "error: 2 of 2 runs failed",
+        "  seed=0: it could not be launched (ConnectionError: the queue is closed)",
+        "  seed=1: it could not be launched (ConnectionError: the queue is closed)",
     ]
 
 
