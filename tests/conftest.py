@@ -132,7 +132,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much of a benchmark or an ordeal to run: little in CI, more for figures to publish."""
     parser.addoption("--pixel-images", type=int, default=3, help="images of the one-pixel races")
-    parser.addoption("--kills", type=int, default=3, help="processes of sweeps that are killed")
+    parser.addoption("--kills", type=int, default=2, help="processes of sweeps that are killed")
 
 
 @pytest.fixture(autouse=True)
