@@ -117,12 +117,16 @@ def varying(batch: Sequence[Sequence[str]]) -> set[str]:
     return {key for key, found in values.items() if len(found) > 1}
 
 
+_READ = ("dataset", "model", "train", "threat", "defense", "attack", "awareness")
+"""The order in which the choices of a run are read."""
+
+
 def name_job(words: Sequence[str], keys: set[str], groups: Sequence[str]) -> str:
     """What tells a job from the others: choices by their names, other keys with their values.
 
-    Groups come first, in the order given, then the awareness, then the rest as it was typed.
+    The names come first, the victim's before the attack's, then the rest as it was typed.
     """
-    named = [*groups, "awareness"]
+    named = [*_READ, *(group for group in groups if group not in _READ)]
     told: list[tuple[int, str]] = []
     for word in words:
         key, _, value = word.partition("=")

@@ -62,6 +62,7 @@ def records(folder="results"):
     return found
 
 
+@pytest.mark.slow
 def test_processes_side_by_side_leave_the_same_records(cli):
     """Of one after the other, to the bit; every network is trained once, and classes of one's own
     are found."""

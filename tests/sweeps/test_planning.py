@@ -38,7 +38,7 @@ def test_a_run_is_named_by_what_tells_it_from_the_others():
     ]
     keys = varying(jobs)
     assert keys == {"attack.steps", "attack", "defense"}
-    names = [name_job(words, keys, ["defense", "attack"]) for words in jobs]
+    names = [name_job(words, keys, ["attack", "defense"]) for words in jobs]
     assert names[:2] == ["none, fgsm, steps=3", "jpeg+median, fgsm, steps=3"]
     assert len(set(names)) == 8
 
