@@ -133,7 +133,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """How much of a benchmark or an ordeal to run: little in CI, more for figures to publish."""
     parser.addoption("--pixel-images", type=int, default=3, help="images of the one-pixel races")
     parser.addoption("--fold-records", type=int, default=0, help="records of the large leaderboard")
-    parser.addoption("--kills", type=int, default=2, help="processes of sweeps that are killed")
+    parser.addoption(
+        "--kills", type=int, default=0, help="processes to kill in each ordeal; 0: few"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""A run killed at any moment resumes, loses nothing, and ends with an unbroken run's numbers."""
+"""A run killed at any moment resumes, loses nothing, and ends with an unbroken run's numbers.
+
+More kills than in CI: pytest tests/cli/test_faults.py --kills 20
+"""
 
 import json
 import os
@@ -16,7 +19,9 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-KILLS = 20
+FEW = 6
+"""Kills, two in each stage, where no other number is asked for."""
+
 AT_ONCE = 2
 """Jobs side by side: each has one thread."""
 
@@ -127,12 +132,13 @@ def brief(before, tmp_path_factory):
     return numbers(folder)
 
 
-def test_kill_at_random_moments(before, unbroken, tmp_path):
+def test_kill_at_random_moments(before, unbroken, tmp_path, request):
+    kills = request.config.getoption("--kills") or FEW
     expected, seconds = unbroken
     older = set(numbers(before))
     # Always the same moments as shares of a stage: a failure can be had again.
     moments = random.Random(7)
-    plan = [(STAGES[kill % 3], moments.uniform(0, 1)) for kill in range(KILLS)]
+    plan = [(STAGES[kill % 3], moments.uniform(0, 1)) for kill in range(kills)]
 
     def kill(number):
         name, moment = plan[number]
@@ -152,7 +158,7 @@ def test_kill_at_random_moments(before, unbroken, tmp_path):
         return hit
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        stages = list(pool.map(kill, range(KILLS)))
+        stages = list(pool.map(kill, range(kills)))
     assert set(STAGES) <= set(stages), stages
 
 

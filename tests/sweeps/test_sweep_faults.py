@@ -100,7 +100,7 @@ def test_workers_and_launchers_killed_at_random_moments(unbroken, tmp_path, requ
     _, expected, seconds = unbroken
     chance = random.Random(5)
     kills = {"worker": 0, "launcher": 0}
-    total = request.config.getoption("--kills")
+    total = request.config.getoption("--kills") or 2
     folder = tmp_path / "first"
     folder.mkdir()
     while sum(kills.values()) < total:
