@@ -133,9 +133,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """How much of a benchmark or an ordeal to run: little in CI, more for figures to publish."""
     parser.addoption("--pixel-images", type=int, default=3, help="images of the one-pixel races")
     parser.addoption("--fold-records", type=int, default=0, help="records of the large leaderboard")
-    parser.addoption(
-        "--kills", type=int, default=0, help="processes to kill in each ordeal; 0: few"
-    )
+    parser.addoption("--kills", type=int, default=0, help="processes to kill; 0: a few")
 
 
 @pytest.fixture(autouse=True)
