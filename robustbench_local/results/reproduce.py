@@ -26,6 +26,7 @@ from robustbench_local.identity import find_object
 from robustbench_local.results.finding import one_record
 from robustbench_local.results.report import print_title, radius_in_words
 from robustbench_local.results.store import Record, Store
+from robustbench_local.results.summary import victim_of
 
 _NO_NUMBERS = frozenset(
     {"version", "run_id", "finished", "labels", "seconds", "environment", "config",
@@ -38,6 +39,9 @@ _AROUND = frozenset({"force", "shard", "threads", "tracking"})
 
 _MACHINE = ("device", "device_name", "threads", "system", "python", "packages")
 """Of the environment, what explains that sums are rounded otherwise. The code's commit does not."""
+
+_SHARED_COST = "passes_per_attacked_image."
+"""What radii that are attacked together spend on all of them."""
 
 _INTERVAL = {None: "no", True: "no; within its interval", False: "no; NOT within its interval"}
 
@@ -63,6 +67,8 @@ class Outcome:
 
     compared: int = 0
     differences: list[Difference] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
+    """What is not compared, since the record's radius was attacked together with others."""
     missing: list[str] = field(default_factory=list)
     """What the record has and this version does not write any more."""
     elsewhere: list[str] = field(default_factory=list)
@@ -102,9 +108,11 @@ def reproduce(results: Path, word: str, *, data: Path, cache: Path, changes: Seq
     for note in notes:
         errors.print(f"[yellow]note[/yellow] {escape(note)}", soft_wrap=True, highlight=False)
     trained = any(cache.expanduser().rglob(f"{record['weights']['key']}*"))
+    radii = radii_of(store, record)
     with _threads(record.get("environment", {}).get("threads")):
-        again, examples = _run(config, labels, data, cache)
-    outcome = compare_records(record, again, recorded, examples)
+        again, examples = _run(config, labels, data, cache, radii)
+    alone = len(radii) == 1 and record.get("radii_at_once", 1) > 1
+    outcome = compare_records(record, again, recorded, examples, alone=alone)
     _tell(outcome, record, again, console)
     if trained:
         told = f"its weights lay in {cache} and were not trained again; --cache DIR trains them too"
@@ -128,6 +136,35 @@ def _found(results: Path, word: str) -> tuple[Store, Record]:
         )
     store = Store(file.absolute().parents[1])
     return store, one_record(store, file.with_suffix("").name)
+
+
+def radii_of(store: Store, record: Record) -> list[float]:
+    """The radii that were attacked together with that of a record, its own among them.
+
+    They share passes over a network, and a minimum-norm attack is one search for all. Its own alone
+    where the store does not hold the records of exactly so many.
+    """
+    own, count = record["config"]["threat"]["epsilon"], record.get("radii_at_once", 1)
+    if count == 1:
+        return [own]
+    radii = {
+        other["config"]["threat"]["epsilon"]
+        for other in store.all()
+        if _but_radius(other) == _but_radius(record)
+    }
+    return sorted(radii) if len(radii) == count else [own]
+
+
+def _but_radius(record: Record) -> dict[str, Any]:
+    """What runs at several radii that were attacked together have in common."""
+    config = {key: value for key, value in record["config"].items() if key != "force"}
+    threat = {key: value for key, value in config["threat"].items() if key != "epsilon"}
+    return {
+        "config": {**config, "threat": threat},
+        "labels": {key: value for key, value in record["labels"].items() if key != "epsilon"},
+        "weights": victim_of(record),
+        "radii_at_once": record.get("radii_at_once"),
+    }
 
 
 def stored_config(record: Record, changes: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -280,28 +317,40 @@ def _threads(recorded: int | None) -> Iterator[None]:
 
 
 def _run(
-    config: Mapping[str, Any], labels: Mapping[str, Any], data: Path, cache: Path
+    config: Mapping[str, Any],
+    labels: Mapping[str, Any],
+    data: Path,
+    cache: Path,
+    radii: Sequence[float],
 ) -> tuple[Record, PerExample]:
-    """Make the record again in a folder that is removed, with what a run prints left out."""
+    """Make the record again in a folder that is removed, with what a run prints left out.
+
+    It is attacked together with the others of `radii`.
+    """
     from omegaconf import OmegaConf
 
     from robustbench_local.run import Choices, run
 
     with tempfile.TemporaryDirectory(prefix="reproduce-") as folder:
         paths = {"data": str(data), "cache": str(cache), "results": folder}
-        whole = OmegaConf.create({**config, "force": False, "paths": paths})
+        own = config["threat"]["epsilon"]
+        threat = {**config["threat"], "epsilon": list(radii) if len(radii) > 1 else own}
+        whole = OmegaConf.create({**config, "threat": threat, "force": False, "paths": paths})
         choices = Choices({"attack": labels["attack"]}, (), labels)
         try:
             with redirect_stdout(io.StringIO()):
-                (made,) = run(whole, choices)
+                made = run(whole, choices)
         except UserError as error:
             raise UserError(_as_option(str(error))) from None
         except EXPECTED as error:
             raise UserError(sentence(error, CONF)) from None
         store = Store(Path(folder))
-        record = store.find(made["run_id"])  # as JSON holds it
+        (run_id,) = (
+            each["run_id"] for each in made if each["config"]["threat"]["epsilon"] == own
+        )  # fmt: skip
+        record = store.find(run_id)  # as JSON holds it
         assert record is not None
-        return record, store.examples(made["run_id"])
+        return record, store.examples(run_id)
 
 
 def _as_option(told: str) -> str:
@@ -311,14 +360,29 @@ def _as_option(told: str) -> str:
 
 
 def compare_records(
-    recorded: Record, again: Record, examples: PerExample, new_examples: PerExample
+    recorded: Record,
+    again: Record,
+    examples: PerExample,
+    new_examples: PerExample,
+    *,
+    alone: bool = False,
 ) -> Outcome:
-    """Number by number, and image by image. What one of the two does not say is not compared."""
+    """Number by number, and image by image. What one of the two does not say is not compared.
+
+    Nor is, where the radius was attacked `alone` now and with others then, what they cost together.
+    """
     outcome = Outcome()
     old, new = leaves(recorded), leaves(again)
     for name, value in old.items():
         if name not in new:
-            outcome.missing.append(name)
+            if _is_null(name, new):
+                outcome.compared += 1
+                outcome.differences.append(Difference(name, value, None))
+            else:
+                outcome.missing.append(name)
+            continue
+        if alone and (name == "radii_at_once" or name.startswith(_SHARED_COST)):
+            outcome.alone.append(name)
             continue
         outcome.compared += 1
         if new[name] != value:
@@ -326,8 +390,8 @@ def compare_records(
             outcome.differences.append(Difference(name, value, new[name], within))
     theirs = asdict(new_examples)
     for name, values in asdict(examples).items():
-        if not values.size and theirs[name].size:
-            continue  # an older record
+        if not values.size:
+            continue  # an older record, or nothing that this victim has
         outcome.compared += 1
         if not np.array_equal(values, theirs[name]):
             count = _images(values, theirs[name])
@@ -343,6 +407,15 @@ def compare_records(
     return outcome
 
 
+def _is_null(name: str, new: Leaves) -> bool:
+    """Whether null stands now where the record has a number further within."""
+    steps = name.split(".")
+    return any(
+        (place := ".".join(steps[:count])) in new and new[place] is None
+        for count in range(1, len(steps))
+    )
+
+
 def leaves(node: object, place: str = "") -> Leaves:
     """Every number of a record, and every hash, by its place; what has a name, by that.
 
@@ -354,20 +427,17 @@ def leaves(node: object, place: str = "") -> Leaves:
             if key not in _NO_NUMBERS:
                 found |= leaves(child, f"{place}.{key}" if place else str(key))
     elif isinstance(node, list):
+        begun: set[str] = set()
         for index, child in enumerate(node):
             has_name = isinstance(child, Mapping) and isinstance(child.get("name"), str)
             # The parts of a cascade may have one name several times.
             step = f"{child['name']}" if has_name else str(index)
-            step = step if f"{place}.{step}" not in _begun(found, place) else f"{step}.{index}"
+            step = step if step not in begun else f"{step}.{index}"
+            begun.add(step)
             found |= leaves(child, f"{place}.{step}")
     elif node is None or isinstance(node, bool | int | float) or _is_hash(place):
         found[place] = node
     return found
-
-
-def _begun(found: Leaves, place: str) -> set[str]:
-    depth = place.count(".") + 2
-    return {".".join(name.split(".")[:depth]) for name in found}
 
 
 def _is_hash(place: str) -> bool:
@@ -428,6 +498,12 @@ def _tell(outcome: Outcome, record: Record, again: Record, console: Console) -> 
 
     if outcome.missing:
         say(f"not compared, since this version does not say it: {', '.join(outcome.missing)}")
+    if outcome.alone:
+        count = record["radii_at_once"]
+        say(
+            f"not compared, since it was attacked together with {count - 1} other radii, whose "
+            f"records are not there: {', '.join(outcome.alone)}"
+        )
     if outcome.elsewhere:
         say(f"machine and packages: {'; '.join(outcome.elsewhere)}")
     if outcome.code:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
@@ -12,6 +13,7 @@ from robustbench_local.results.__main__ import main
 from robustbench_local.results.reproduce import (
     compare_records,
     leaves,
+    radii_of,
     stored_config,
 )
 from robustbench_local.run import Choices, run
@@ -163,6 +165,47 @@ def test_seconds_and_sentences_do_not_count_and_each_image_does(recorded):
 def test_parts_of_one_name_are_told_apart():
     parts = {"parts": [{"name": "apgd", "broken": 1}, {"name": "apgd", "broken": 2}]}
     assert sorted(leaves(parts).values()) == [1, 2]
+
+
+def test_names_with_a_point_do_not_hide_each_other():
+    """A number that overwrites another would not be compared."""
+    parts = {"parts": [{"name": "lib.apgd", "broken": 1}, {"name": "lib.apgd", "broken": 2}]}
+    assert sorted(leaves(parts).values()) == [1, 2]
+
+
+def test_arrays_that_an_older_record_has_not_are_no_difference(recorded):
+    """Their place is held by arrays of another shape than those of a victim without them."""
+    record, examples = both(recorded)
+    assert not examples.clean_rejected.size
+    older = replace(examples, clean_rejected=np.zeros((len(examples.labels), 0), np.float16))
+    assert compare_records(record, record, older, examples).exact
+
+
+def test_what_is_null_now_and_was_a_number_is_a_difference(recorded):
+    record, examples = both(recorded)
+    again = {**json.loads(json.dumps(record)), "metrics": None}
+    outcome = compare_records(record, again, examples, examples)
+    assert not outcome.exact and not outcome.missing
+    assert {each.name.split(".")[0] for each in outcome.differences} == {"metrics"}
+
+
+def test_radii_that_were_attacked_together_are_so_again(cli, tmp_path):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        paths = [f"paths.{key}={tmp_path / key}" for key in ("data", "cache", "results")]
+        config = compose("config", [*QUICK, "threat.epsilon=[0,0.05,0.1,0.3]", *paths])
+    groups = {"model": "small_cnn", "train": "mnist", "attack": "pgd"}
+    none, *together = run(config, Choices(groups, (CONF,)))
+    store = Store(tmp_path / "results")
+    assert radii_of(store, none) == [0] and none["radii_at_once"] == 1
+    assert [radii_of(store, each) for each in together] == [[0.05, 0.1, 0.3]] * 3
+    words = ("reproduce", together[1]["run_id"], "--cache", str(tmp_path / "cache"))
+    code, out, err = cli("--results", str(store.folder), *words)
+    assert code == 0 and "REPRODUCED: all" in out and "not compared" not in out, out + err
+    (store.records / f"{together[0]['run_id']}.json").unlink()
+    assert radii_of(store, together[1]) == [0.1]
+    code, out, err = cli("--results", str(store.folder), *words)
+    assert code == 0 and "REPRODUCED: all" in out, out + err
+    assert "together with 2 other radii, whose records are not there: passes_per_att" in out
 
 
 def test_newer_keys_get_their_defaults_and_unknown_ones_are_told(recorded):
