@@ -201,7 +201,7 @@ def test_several_seeds_are_a_matrix(store, cli):
     code, out, _ = cli("compare", "defense=jpeg", "defense=none")
     assert code == 0 and "3 seeds of the first and 3 seeds of the second" in out
     assert p_in_words(p_difference(drawn["jpeg"], drawn["none"])) in out
-    assert "t-test over images and seeds" in out
+    assert "t-test over images and seeds" in out and "only the second (in most seeds)" in out
     code, out, _ = cli("compare", "defense=jpeg", "defense=none,seed=0")
     assert "which says nothing about the training noise of the one with one" in out
 
@@ -379,6 +379,30 @@ def test_what_a_comparison_prints_survives_a_narrow_terminal(store, cli, monkeyp
     out = cli("compare", "aa", "bb")[1]
     assert max(len(line) for line in out.splitlines() if line[:1] in "┃│┏┡└├") <= 60
     assert "86." in out and "1e-200" in out
+    for name in ("a", "b", "c", "d"):
+        add(store, name, rows()[0], defense=f"adversarial_training_{name}")
+    monkeypatch.setenv("COLUMNS", "80")
+    out = cli("compare", "a", "b", "c", "d")[1]
+    table = [line for line in out.splitlines() if line[:1] in "┃│┏┡└├"]
+    assert max(map(len, table)) <= 80 and "…" not in out
+    for name in ("a", "b", "c", "d"):  # whole, in the table of victims
+        assert f"│ adversarial_training_{name} " in out
+    pairs = re.findall(r"^│ (\d - \d) │", out, re.MULTILINE)
+    assert pairs == ["1 - 2", "1 - 3", "1 - 4", "2 - 3", "2 - 4", "3 - 4"]
+
+
+def test_a_sentence_names_what_tells_its_own_two_apart(store, cli):
+    """What tells a third from them says nothing in it."""
+    add(store, "aa", rows()[0], defense="trades", attack="standard")
+    add(store, "bb", rows()[1], defense="none", attack="standard")
+    add(store, "cc", rows()[1], defense="none", attack="pgd")
+    out = cli("compare", "aa", "bb", "cc")[1]
+    assert "under linf 0.3 against standard, trades keeps 88.2% where none keeps 0.0%" in out
+    assert (
+        "0.3, none under standard keeps 0.0% where none under pgd keeps 0.0%: 0.0 points apart"
+        in out
+    )
+    assert "trades under standard keeps 88.2% where none under pgd keeps 0.0%" in out
 
 
 def test_the_table_itself_can_be_exported_without_a_rank_column(nasty):
