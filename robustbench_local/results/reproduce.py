@@ -29,8 +29,8 @@ from robustbench_local.results.store import Record, Store
 from robustbench_local.results.summary import victim_of
 
 _NO_NUMBERS = frozenset(
-    {"version", "run_id", "finished", "labels", "seconds", "environment", "config",
-     "examples_sha256", "examples_bytes", "leaderboard", "input_shape", "split_seed"}
+    {"version", "run_id", "finished", "comparability", "labels", "seconds", "environment",
+     "config", "examples_sha256", "examples_bytes", "leaderboard", "input_shape", "split_seed"}
 )  # fmt: skip
 """Keys, anywhere in a record, that say when, where and how, and not what was measured."""
 
@@ -195,6 +195,9 @@ def stored_config(record: Record, changes: Sequence[str]) -> tuple[dict[str, Any
         for key in sorted(set(node) - set(known)):
             del node[key]
             notes.append(f"{place}{key} is a key that is not known any more: it is left out")
+    # Older than audits: it holds no finding of one to compare, and a full one takes long.
+    if "audit" not in config:
+        template["audit"] = {**template["audit"], "level": record["audit"]["level"]}
     _fill(config, template, "", notes)
     _drop_unknown(config, "", notes)
     return config, notes
@@ -442,7 +445,7 @@ def leaves(node: object, place: str = "") -> Leaves:
 
 def _is_hash(place: str) -> bool:
     last = place.rpartition(".")[2]
-    return last in ("sha256", "fingerprint", "test_fingerprint", "comparability")
+    return last in ("sha256", "fingerprint", "test_fingerprint")
 
 
 def _within(name: str, old: Leaves, new: Leaves) -> bool | None:
@@ -510,6 +513,11 @@ def _tell(outcome: Outcome, record: Record, again: Record, console: Console) -> 
         say(f"code: {'; '.join(outcome.code)}")
     if again["run_id"] != record["run_id"]:
         say(f"its run id would be {again['run_id']} now: code, data or device are not the same")
+    if again["comparability"] != record["comparability"]:
+        say(
+            f"its comparability would be {again['comparability']} now: data, threat model or the "
+            "rules of the judge are not the same, and no ranking holds both"
+        )
     say(_verdict(outcome))
 
 

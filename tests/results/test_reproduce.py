@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,9 +98,20 @@ def test_edited_expectations_do_not_agree(recorded, cli, tmp_path):
     path = edited(folder, tmp_path / "edited", found["fixed"], change)
     code, out, _ = cli("reproduce", str(path), "--cache", str(folder / "cache"))
     assert code == 1
+    assert "its comparability would be" not in out
     assert "NOT REPRODUCED" in out and "NOT within its interval" in out
     assert "perturbation.mean" in out and "0.123" in out
     assert "were not trained again" in out
+
+
+def test_a_record_of_an_older_judge_can_agree_in_every_number(recorded, cli, tmp_path):
+    """The key that says what it is ranked with is no number, and is told apart."""
+    folder, found = recorded
+    path = edited(folder, tmp_path / "edited", found["fixed"],
+                  lambda record: record.update(comparability="of another judge"))  # fmt: skip
+    code, out, _ = cli("reproduce", str(path), "--cache", str(folder / "cache"))
+    assert code == 0 and "REPRODUCED: all" in out
+    assert "its comparability would be" in out and "no ranking holds both" in out
 
 
 def both(recorded, victim="fixed"):
@@ -226,6 +238,15 @@ def test_newer_keys_get_their_defaults_and_unknown_ones_are_told(recorded):
     assert len(notes) == 6
     for key in ("audit.passes", "eot", "attack.best_iterate", "gone", "train.old", "attack.lost"):
         assert any(note.startswith(f"{key} is") for note in notes)
+
+
+def test_a_record_older_than_audits_is_audited_no_more_than_it_was():
+    store = Store(Path(__file__).parent / "fixtures" / "version3", repairs=False)
+    (record,) = store.all()
+    assert "audit" not in record["config"]
+    config, notes = stored_config(record, [])
+    assert config["audit"]["level"] == "cheap"
+    assert any(note.startswith("audit is newer") for note in notes)
 
 
 def test_paths_are_given_again(recorded, cli):
