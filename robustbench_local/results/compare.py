@@ -86,6 +86,8 @@ def _comparable(one: Side, two: Side, *, anyway: bool) -> list[str]:
                 f"{told}; expected the same: type --anyway to compare them none the less"
             )
         notes.append(f"{told}: an oblivious attack shows no robustness")
+        if data.get("fingerprint") != other_data.get("fingerprint"):
+            notes.append(f"{pair} were measured with other training data")
     elif first["comparability"] != second["comparability"]:
         raise UserError(
             f"{pair} were judged by other rules or on other training data (their comparability is "

@@ -127,6 +127,29 @@ def test_the_leaderboard_fits_the_terminal(store, cli, monkeypatch, width):
     assert "none" not in cli("show", "--attack", "square", "--epsilon", "0.3")[1].split()
 
 
+def test_tables_of_one_title_say_what_keeps_them_apart(store, cli):
+    for name in ("one", "other"):
+        add(store, name, [1, 0], defense=name, comparability=f"key-{name}")
+    add(store, "third", [1, 0], epsilon=0.1)
+    titles = [line for line in cli("show")[1].splitlines() if line.startswith("mnist,")]
+    assert [title.partition(", n 2")[2] for title in titles] == [
+        ", comparability key-one", ", comparability key-other", "",
+    ]  # fmt: skip
+
+
+def test_radii_are_typed_and_told_as_people_write_them(store, cli):
+    add(store, "a1", [1, 0], defense="jpeg", epsilon=8 / 255)
+    add(store, "a2", [1, 0], defense="jpeg", epsilon=0.3)
+    for typed in ("abc", "0.2"):
+        told = one_sentence(cli("show", "--epsilon", typed)[2])
+        assert f"epsilon={typed} is in no record" in told and "expected one of 8/255, 0.3" in told
+        assert "type --epsilon " in told
+        told = one_sentence(cli("compare", f"defense=jpeg,epsilon={typed}", "a1")[2])
+        assert "expected one of 0.3, 8/255: type epsilon=" in told
+    assert "(0.3, 8/255)" in one_sentence(cli("compare", "defense=jpeg", "a1")[2])
+    assert "0.3" not in cli("show", "--epsilon", "8/255")[1]
+
+
 def test_filters_that_match_nothing_suggest(store, cli):
     add(store, "a1", [1, 0], defense="jpeg")
     assert "type --defense jpeg" in one_sentence(cli("show", "--defense", "jpg")[2])
@@ -240,6 +263,19 @@ def test_what_is_not_comparable_is_refused(store, cli, other, told):
         assert anyway[0] == 0 and "oblivious attack shows no robustness" in anyway[1]
     else:
         assert anyway[0] == 1 and anyway[2] == err
+
+
+def test_other_training_data_is_noted_where_the_key_of_comparability_is_not_asked(store, cli):
+    """That key holds the awareness too, so that --anyway passes over it."""
+    add(store, "aa", [1, 0], defense="jpeg")
+    add(store, "bb", [1, 1], defense="none", awareness="oblivious")
+    assert "other training data" not in cli("compare", "aa", "bb", "--anyway")[1]
+    whole = store.find("bb")
+    whole["dataset"]["fingerprint"] = "of another"
+    store.add(whole, store.examples("bb"))
+    assert "note aa and bb were measured with other training data" in cli(
+        "compare", "aa", "bb", "--anyway"
+    )[1]  # fmt: skip
 
 
 def test_selections_that_mean_nothing_or_too_much(store, cli):
