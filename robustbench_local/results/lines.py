@@ -96,7 +96,7 @@ def line_of(store: "Store", row: list[Summary], origin: str, intervals: Interval
     first = used[0]
     accuracies = {
         "clean_accuracy": _mean([next(iter(cell.values())).clean for cell in cells.values()]),
-        "worst_case": _worst(value, list(cells.values()), intervals),
+        "worst_case": worst_interval(value, list(cells.values()), intervals),
         **{attack: _mean([run.robust for run in met]) for attack, met in met_by.items()},
     }
     fields: dict[str, object] = {
@@ -123,8 +123,12 @@ def line_of(store: "Store", row: list[Summary], origin: str, intervals: Interval
     return Line(fields, accuracies, outcomes)
 
 
-def _worst(value: float, cells: Sequence[Mapping[str, Summary]], intervals: Intervals) -> Interval:
+def worst_interval(
+    value: float, cells: Sequence[Mapping[str, Summary]], intervals: Intervals
+) -> Interval:
     """Wilson's interval around the worst case, or the wider one of what decided it.
+
+    `cells` are the runs that count, by attack, of each seed.
 
     Of a random victim the strongest attack may have limits wider than those over images, from draws
     that its images share (`statistics.accuracy`): the worst case is not known better than that.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from robustbench_local.__main__ import CONF
@@ -78,8 +79,15 @@ def test_a_record_is_reproduced_to_the_last_digit(recorded, cli, tmp_path, victi
     run_id = found[victim]
     record = Store(folder / "results").find(run_id)
     assert record["randomized"] == (victim == "random")
-    code, out, err = cli("--results", str(folder / "results"), "reproduce", run_id[:6],
-                         "--cache", str(tmp_path / "cache"))  # fmt: skip
+    threads, other = torch.get_num_threads(), 1 + (record["environment"]["threads"] == 1)
+    torch.set_num_threads(other)  # sums are rounded otherwise: as many as were recorded are taken
+    try:
+        code, out, err = cli("--results", str(folder / "results"), "reproduce", run_id[:6],
+                             "--cache", str(tmp_path / "cache"))  # fmt: skip
+        assert torch.get_num_threads() == other
+    finally:
+        torch.set_num_threads(threads)
+    assert "machine and packages" not in out
     assert code == 0, out + err
     assert "REPRODUCED: all" in out and out.count("exactly") == 2
     assert "run id would be" not in out and "not compared" not in out

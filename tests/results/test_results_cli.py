@@ -16,9 +16,10 @@ from test_leaderboard import examples, record
 from robustbench_local.results import Store, fold, wilson
 from robustbench_local.results.__main__ import main
 from robustbench_local.results.compare import p_in_words
+from robustbench_local.results.compare import robust as kept_by
 from robustbench_local.results.finding import side
 from robustbench_local.results.leaderboard import worst_case
-from robustbench_local.results.statistics import p_difference
+from robustbench_local.results.statistics import accuracy, p_difference
 from robustbench_local.results.tables import escape_latex, escape_markdown, exported
 
 FULL = {
@@ -147,7 +148,8 @@ def test_radii_are_typed_and_told_as_people_write_them(store, cli):
         told = one_sentence(cli("compare", f"defense=jpeg,epsilon={typed}", "a1")[2])
         assert "expected one of 0.3, 8/255: type epsilon=" in told
     assert "(0.3, 8/255)" in one_sentence(cli("compare", "defense=jpeg", "a1")[2])
-    assert "0.3" not in cli("show", "--epsilon", "8/255")[1]
+    shown = cli("show", "--epsilon", "8/255")[1]
+    assert "linf 8/255" in shown and "linf 0.3" not in shown
 
 
 def test_filters_that_match_nothing_suggest(store, cli):
@@ -229,6 +231,24 @@ def test_several_seeds_are_a_matrix(store, cli):
     assert "which says nothing about the training noise of the one with one" in out
 
 
+def test_of_a_selection_counts_what_counts_in_the_leaderboard(store, cli):
+    """Seeds that have met every attack; the latest of one made again, or stronger evidence."""
+    half, none = rows(100, first=50)[0], rows(100, first=0)[0]
+    day = "2026-01-0{}T00:00:00".format
+    add(store, "a1", rows(100, first=90)[0], defense="jpeg", attack="pgd", finished=day(1))
+    add(store, "a2", half, defense="jpeg", attack="pgd", finished=day(2))
+    add(store, "a3", rows(100, first=80)[0], defense="jpeg", attack="fgsm")
+    add(store, "b1", rows(100, first=100)[0], defense="jpeg", attack="fgsm", seed=1)
+    add(store, "c1", none, defense="none", attack="pgd")
+    add(store, "c2", none, defense="none", attack="fgsm")
+    for words in (("defense=jpeg", "defense=none"), ("defense=none", "defense=jpeg")):
+        out = cli("compare", *words)[1]
+        assert "jpeg keeps 50.0%" in out and "one training seed each" in out
+    add(store, "d1", half * 0.5, defense="noise", judge_draws=10, averaged=80, finished=day(1))
+    add(store, "d2", half, defense="noise", judge_draws=10, averaged=20, finished=day(2))
+    assert "noise keeps 25.0%" in cli("compare", "defense=noise", "c1")[1]
+
+
 def test_three_are_compared_in_pairs_after_holm(store, cli):
     for name, kept in (("a", 60), ("b", 50), ("c", 48)):
         add(store, name, rows(100, first=kept)[0], defense=name)
@@ -292,14 +312,19 @@ def test_selections_that_mean_nothing_or_too_much(store, cli):
 
 
 def test_the_worst_case_is_that_of_the_leaderboard(store):
-    """Deterministic and random victims, several attacks: the mean is the one that is ranked."""
+    """Deterministic and random victims, several attacks: the mean is the one that is ranked.
+
+    So are the limits, also where draws that the images share have widened them.
+    """
     from dataclasses import replace
 
     generator = np.random.default_rng(1)
     for run, attack in enumerate(("fgsm", "pgd", "square")):
         draws = generator.random((200, 10)) < generator.random((200, 1))
+        draws[:, : 4 - run] = False  # of all images
         outcome = replace(examples(draws.mean(1)), clean_draws=draws, robust_draws=draws)
         known = record(f"r{run}", outcome, attack=attack, judge_draws=10, defense="noise")
+        known["robust_accuracy"] = accuracy(outcome.robust_correct, draws)._asdict()
         store.add({**known, "randomized": True}, outcome)
         add(store, f"d{run}", generator.random(200) < 0.6, attack=attack, defense="none")
     for defense in ("noise", "none"):
@@ -307,6 +332,8 @@ def test_the_worst_case_is_that_of_the_leaderboard(store):
         assert one.outcomes.mean() == pytest.approx(worst_case(store, one.all_records), abs=1e-12)
         line = fold(store).set_index("defense").loc[defense]
         assert one.outcomes.mean() == pytest.approx(line.worst_case, abs=1e-12)
+        limits = (line.worst_case, line.worst_case_low, line.worst_case_high)
+        assert kept_by(one) == pytest.approx(limits, abs=1e-12)
 
 
 NASTY = r"a|b_c&d%e$f#g{h}i~j^k\l<m>n*o[p]--q"
