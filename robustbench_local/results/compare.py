@@ -77,7 +77,7 @@ def _comparable(one: Side, two: Side, *, anyway: bool) -> list[str]:
     if bool(first.get("detection")) != bool(second.get("detection")):
         raise UserError(
             f"{pair} are held to other standards: one of them may reject images, which counts as "
-            "robust; expected two that may, or two that may not"
+            "robust; expected two that may, or two that may not: type two others"
         )
     notes = []
     awareness = [record["labels"]["awareness"] for record in (first, second)]

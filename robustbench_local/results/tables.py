@@ -91,8 +91,7 @@ def _title(line: "pd.Series[Any]") -> str:
 
 def _wide(group: "pd.DataFrame", attacks: Sequence[str]) -> Table:
     table = Table()
-    ranked = "rank" in group.columns
-    for name in [*(["rank"] if ranked else []), "defense", "model", "train"]:
+    for name in ("rank", "defense", "model", "train"):
         longest = max(
             len(part) for each in group[name] for part in _breaking(str(each)).split("\n")
         )
@@ -103,7 +102,7 @@ def _wide(group: "pd.DataFrame", attacks: Sequence[str]) -> Table:
     for name in ("attacks", "seeds", "status", "flags"):
         table.add_column(name, overflow="fold")
     for _, line in group.iterrows():
-        cells = [_text(line["rank"])] if ranked else []
+        cells = [_text(line["rank"])]
         cells += [_breaking(str(line[key])) for key in ("defense", "model", "train")]
         cells += [_share(line["clean_accuracy"]), _with_interval(line, "worst_case")]
         cells += [_met(line, attacks), _text(line["seeds"]), _status(line)]
@@ -117,7 +116,7 @@ def _narrow(group: "pd.DataFrame", attacks: Sequence[str]) -> Table:
     table.add_column("accuracies", overflow="fold")
     for _, line in group.iterrows():
         victim = [f"{key} {_breaking(str(line[key]))}" for key in ("defense", "model", "train")]
-        if "rank" in group.columns and _text(line["rank"]):
+        if _text(line["rank"]):
             victim.insert(0, f"rank {_text(line['rank'])}")
         about = {"seeds": line["seeds"], "status": _status(line), "flags": line["flags"]}
         victim += [f"{key} {value}" for key, value in about.items() if _text(value)]
@@ -145,7 +144,7 @@ def _text(value: object) -> str:
 
 def _status(line: "pd.Series[Any]") -> str:
     """With where the line comes from, unless its records are in this folder."""
-    origin = line.get("origin", "local")
+    origin = line["origin"]
     return _text(line["status"]) + ("" if origin == "local" else f" ({origin})")
 
 
@@ -184,9 +183,7 @@ def exported(table: "pd.DataFrame", kind: str) -> str:
 def _printed(table: "pd.DataFrame") -> "pd.DataFrame":
     import pandas as pd
 
-    columns = {}
-    if "rank" in table.columns:
-        columns["rank"] = table["rank"].map(_text)
+    columns = {"rank": table["rank"].map(_text)}
     for key in ROW:
         columns[key] = table[key].map(radius_in_words if key == "epsilon" else _text)
     for name in (*MEASURES, *attacks_of(table)):
