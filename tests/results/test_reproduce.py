@@ -12,12 +12,8 @@ from hydra import compose, initialize_config_dir
 from robustbench_local.__main__ import CONF
 from robustbench_local.results import Store
 from robustbench_local.results.__main__ import main
-from robustbench_local.results.reproduce import (
-    compare_records,
-    leaves,
-    radii_of,
-    stored_config,
-)
+from robustbench_local.results.agreement import compare_records, leaves
+from robustbench_local.results.reproduce import radii_of, stored_config
 from robustbench_local.run import Choices, run
 
 QUICK = (
