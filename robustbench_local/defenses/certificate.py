@@ -158,9 +158,8 @@ def certified_accuracy(
 
 
 def _share(right: int, count: int) -> dict[str, float]:
-    from scipy.stats import binomtest
+    from robustbench_local.results.statistics import clopper_pearson
 
-    interval = binomtest(right, count).proportion_ci(0.95, method="exact")
-    share = {"value": right / count, "low": float(interval.low), "high": float(interval.high)}
+    share = clopper_pearson(right, count)._asdict()
     assert all(map(math.isfinite, share.values()))
     return {**share, "n": count}

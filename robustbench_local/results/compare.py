@@ -14,9 +14,11 @@ from rich.table import Table
 from robustbench_local.errors import UserError
 from robustbench_local.results.finding import VICTIM, Side, differing, side
 from robustbench_local.results.leaderboard import starred
+from robustbench_local.results.lines import Intervals, worst_interval
 from robustbench_local.results.report import print_title, radius_in_words
 from robustbench_local.results.statistics import Interval, Paired, holm, paired, seed_summary
 from robustbench_local.results.store import Store
+from robustbench_local.results.summary import summarise
 
 
 def compare(store: Store, words: Sequence[str], console: Console, *, anyway: bool = False) -> None:
@@ -36,10 +38,10 @@ def compare(store: Store, words: Sequence[str], console: Console, *, anyway: boo
     several = len(results) > 1
     print_title(f"{_where(sides)}: robust accuracy", console)
     console.print(_accuracies(sides, names))
-    console.print(_differences(results, adjusted, names, console))
+    console.print(_differences(results, adjusted, console))
     for (one, two, result), p_value in zip(results, adjusted, strict=True):
         pair = (sides[one], sides[two])
-        said = sentence(pair, (names[one], names[two]), result, p_value if several else None)
+        said = sentence(pair, result, p_value if several else None)
         console.print(f"\n{escape(said)}", soft_wrap=True, highlight=False)
     for note in dict.fromkeys([*notes, *_flags(sides, names)]):
         console.print(f"[yellow]note[/yellow] {escape(note)}", soft_wrap=True, highlight=False)
@@ -75,7 +77,7 @@ def _comparable(one: Side, two: Side, *, anyway: bool) -> list[str]:
     if bool(first.get("detection")) != bool(second.get("detection")):
         raise UserError(
             f"{pair} are held to other standards: one of them may reject images, which counts as "
-            "robust; expected two that may, or two that may not"
+            "robust; expected two that may, or two that may not: type two others"
         )
     notes = []
     awareness = [record["labels"]["awareness"] for record in (first, second)]
@@ -86,6 +88,8 @@ def _comparable(one: Side, two: Side, *, anyway: bool) -> list[str]:
                 f"{told}; expected the same: type --anyway to compare them none the less"
             )
         notes.append(f"{told}: an oblivious attack shows no robustness")
+        if data.get("fingerprint") != other_data.get("fingerprint"):
+            notes.append(f"{pair} were measured with other training data")
     elif first["comparability"] != second["comparability"]:
         raise UserError(
             f"{pair} were judged by other rules or on other training data (their comparability is "
@@ -112,7 +116,7 @@ def named(sides: Sequence[Side]) -> list[str]:
     names = []
     for one in sides:
         labels = one.first["labels"]
-        parts = [str(labels["defense"])] if "defense" in keys else []
+        parts = [str(labels["defense"])] if "defense" in keys or not keys else []
         parts += [f"{key} {labels[key]}" for key in keys if key != "defense"]
         if len({each.attacks for each in sides}) > 1:
             parts.append(f"under {_attack(one)}")
@@ -142,37 +146,37 @@ def _where(sides: Sequence[Side]) -> str:
 
 
 def robust(side: Side) -> Interval:
-    """The accuracy of a side with its interval, over its seeds where there are several."""
-    if len(side.all_records) == 1:
-        recorded = side.first["robust_accuracy"]
-        return Interval(recorded["value"], recorded["low"], recorded["high"])
+    """The accuracy of a side with its interval: of one seed that of the leaderboard."""
+    if len(side.seeds) == 1:
+        cell = {record["labels"]["attack"]: summarise(record) for record in side.all_records}
+        return worst_interval(float(side.outcomes.mean()), [cell], Intervals())
     summary = seed_summary(side.outcomes)
     return Interval(summary.mean, summary.low, summary.high)
 
 
 def _accuracies(sides: Sequence[Side], names: Sequence[str]) -> Table:
     table = Table()
+    table.add_column("", justify="right", no_wrap=True)
     table.add_column("victim", overflow="fold")
     for column in ("robust", "95% interval", "n", "seeds"):
         table.add_column(column, justify="right", no_wrap=True)
-    for one, name in zip(sides, names, strict=True):
+    for number, (one, name) in enumerate(zip(sides, names, strict=True), 1):
         value, low, high = robust(one)
         seeds = " ".join(map(str, one.seeds))
-        table.add_row(
-            escape(name), percent(value), _limits(low, high), f"{one.outcomes.shape[1]}", seeds
-        )
+        cells = (percent(value), _limits(low, high), f"{one.outcomes.shape[1]}", seeds)
+        table.add_row(str(number), escape(name), *cells)
     return table
 
 
 def _differences(
     results: Sequence[tuple[int, int, Paired]],
     adjusted: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]],
-    names: Sequence[str],
     console: Console,
 ) -> Table:
+    """A line for each pair, by the numbers of the victims: two names would leave no room."""
     table = Table()
-    table.add_column("first - second", overflow="fold")
-    headings = ["difference", "95% interval", "only first", "only second", "p"]
+    table.add_column("pair", no_wrap=True)
+    headings = ["points", "95% interval", "only first", "only second", "p"]
     headings += ["p (Holm)"] if len(results) > 1 else []
     for column in headings:
         table.add_column(column, justify="right", no_wrap=console.width >= 100)
@@ -186,26 +190,24 @@ def _differences(
         ]
         if len(results) > 1:
             cells.append(p_in_words(p_value).removeprefix("p = ").removeprefix("p "))
-        table.add_row(escape(f"{names[one]} - {names[two]}"), *cells)
+        table.add_row(f"{one + 1} - {two + 1}", *cells)
     return table
 
 
-def sentence(
-    sides: tuple[Side, Side],
-    names: tuple[str, str],
-    result: Paired,
-    adjusted: float | None = None,
-) -> str:
-    """All of a comparison in one sentence that can be quoted."""
+def sentence(sides: tuple[Side, Side], result: Paired, adjusted: float | None = None) -> str:
+    """All of a comparison in one sentence that can be quoted, in which only the two are named."""
+    names = named(sides)
     first, second = (robust(one).value for one in sides)
     labels = sides[0].first["labels"]
     attack = "" if sides[0].attacks != sides[1].attacks else f" against {_attack(sides[0])}"
     points = 100 * result.difference
-    more = "more" if points >= 0 else "less"
+    more = "more" if points > 0 else "less" if points < 0 else "apart"
     low, high = sorted((100 * result.low, 100 * result.high))
     if points < 0:
         low, high = -high, -low
-    test = "exact McNemar" if result.method == "exact McNemar" else "t-test over images"
+    exact = result.method == "exact McNemar"
+    test = "exact McNemar" if exact else "t-test over images"
+    mostly = "" if exact else f" (in most {'seeds' if max(result.seeds) > 1 else 'draws'})"
     if max(result.seeds) > 1:
         test += " and seeds"
     p_value = p_in_words(result.p_value)
@@ -222,7 +224,7 @@ def sentence(
         f"{radius_in_words(labels['epsilon'])}{attack}, {names[0]} keeps {percent(first)} where "
         f"{names[1]} keeps {percent(second)}: {abs(points):.1f} points {more} (95% interval "
         f"{low:.1f} to {high:.1f}), {test} {p_value}; {result.only_first:,} images only the first "
-        f"keeps, {result.only_second:,} only the second; {seeds}."
+        f"keeps, {result.only_second:,} only the second{mostly}; {seeds}."
     )
 
 

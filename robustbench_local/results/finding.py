@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from robustbench_local.errors import UserError
 from robustbench_local.results.lines import latest_runs, strongest
+from robustbench_local.results.report import radius_in_words
 from robustbench_local.results.store import Record, Store
 from robustbench_local.results.summary import ROW, summarise
 from robustbench_local.results.worst_case import per_image
@@ -103,16 +104,30 @@ def fits(record: Record, wanted: Mapping[str, str]) -> bool:
     return all(_same(key, _value(record, key), value) for key, value in wanted.items())
 
 
-def _value(record: Record, key: str) -> object:
+def _value(record: Record, key: str) -> Any:
     return record["seed"] if key == "seed" else record["labels"].get(key)
+
+
+def _shown(record: Record, key: str) -> str:
+    """As people write it, and may type it."""
+    value = _value(record, key)
+    return radius_in_words(value) if key == "epsilon" else str(value)
 
 
 def _same(key: str, value: object, typed: str) -> bool:
     if key == "epsilon":
-        from robustbench_local.threat import parse_epsilon
-
-        return bool(np.isclose(parse_epsilon(value), parse_epsilon(typed), rtol=1e-6, atol=0))
+        return same_radius(value, typed)
     return str(value) == typed
+
+
+def same_radius(value: Any, typed: str) -> bool:
+    """Whether a radius is the one that was typed, 0.3 or 8/255. What is none is no radius's."""
+    from robustbench_local.threat import parse_epsilon
+
+    try:
+        return bool(np.isclose(parse_epsilon(value), parse_epsilon(typed), rtol=1e-6, atol=0))
+    except UserError:
+        return False
 
 
 def _wanted(word: str) -> dict[str, str]:
@@ -133,7 +148,7 @@ def _nothing(store: Store, word: str, wanted: Mapping[str, str]) -> str:
     """Which key no record has, and what is near."""
     records = list(store.all())
     for key, value in wanted.items():
-        there = sorted({str(_value(record, key)) for record in records})
+        there = sorted({_shown(record, key) for record in records})
         if not any(fits(record, {key: value}) for record in records):
             return unknown_value(key, value, there, str(store.folder))
     return (
@@ -157,7 +172,7 @@ def unknown_value(key: str, value: str, there: Sequence[str], where: str) -> str
 def _refuse_several(word: str, records: Sequence[Record]) -> None:
     """Raise `UserError` unless the records are those of one victim under comparable attacks."""
     for key in (*VICTIM, "norm", "epsilon", "access", "awareness"):
-        values = sorted({str(_value(record, key)) for record in records})
+        values = sorted({_shown(record, key) for record in records})
         if len(values) > 1:
             raise UserError(
                 f"{word} selects records that differ in {key} ({', '.join(values[:6])}); expected "

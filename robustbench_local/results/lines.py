@@ -1,6 +1,6 @@
 """One line of the leaderboard: everything known about a defended model under a threat model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +96,7 @@ def line_of(store: "Store", row: list[Summary], origin: str, intervals: Interval
     first = used[0]
     accuracies = {
         "clean_accuracy": _mean([next(iter(cell.values())).clean for cell in cells.values()]),
-        "worst_case": intervals.around(value, first.n),
+        "worst_case": worst_interval(value, list(cells.values()), intervals),
         **{attack: _mean([run.robust for run in met]) for attack, met in met_by.items()},
     }
     fields: dict[str, object] = {
@@ -123,12 +123,40 @@ def line_of(store: "Store", row: list[Summary], origin: str, intervals: Interval
     return Line(fields, accuracies, outcomes)
 
 
+def worst_interval(
+    value: float, cells: Sequence[Mapping[str, Summary]], intervals: Intervals
+) -> Interval:
+    """Wilson's interval around the worst case, or the wider one of what decided it.
+
+    `cells` are the runs that count, by attack, of each seed.
+
+    Of a random victim the strongest attack may have limits wider than those over images, from draws
+    that its images share (`statistics.accuracy`): the worst case is not known better than that.
+    """
+    runs = [min(cell.values(), key=lambda run: run.robust.value) for cell in cells]
+    found = intervals.around(value, runs[0].n)
+    shared = [
+        run.robust
+        for run in runs
+        if _width(run.robust) > _width(intervals.around(run.robust.value, run.n)) + 1e-9
+    ]
+    return max([found, *(_moved(each, value) for each in shared)], key=_width)
+
+
 def _mean(accuracies: Sequence[Interval]) -> Interval:
     """The mean over the seeds, with the limits of the seed whose interval is the widest."""
     mean = float(np.mean([each.value for each in accuracies]))
-    widest = max(accuracies, key=lambda each: each.high - each.low)
-    moved = mean - widest.value
-    return Interval(mean, max(0.0, widest.low + moved), min(1.0, widest.high + moved))
+    return _moved(max(accuracies, key=_width), mean)
+
+
+def _width(interval: Interval) -> float:
+    return interval.high - interval.low
+
+
+def _moved(interval: Interval, value: float) -> Interval:
+    """The limits as far from another value."""
+    moved = value - interval.value
+    return Interval(value, max(0.0, interval.low + moved), min(1.0, interval.high + moved))
 
 
 def _over_seeds(figures: Iterable[float | None]) -> float | None:

@@ -93,7 +93,13 @@ def _differences(ours: Record, theirs: Record, here: Path, there: Path) -> list[
     for key in _NUMBERS:  # what an older version did not ask is no difference
         if ours.get(key) is not None and theirs.get(key) is not None:
             found += _different(ours[key], theirs[key], key)
+    found += _different(_raised(ours), _raised(theirs), "flag")
     return [*found, *outcomes]
+
+
+def _raised(record: Record) -> dict[str, str]:
+    """The flags, which decide ranks, and how severe they are; sentences may be worded anew."""
+    return {f["name"]: "severe" if f["severe"] else "mild" for f in record["flags"]}
 
 
 def _different(here: Any, there: Any, name: str) -> Iterator[str]:

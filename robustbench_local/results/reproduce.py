@@ -7,15 +7,12 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from robustbench_local.__main__ import CONF
 from robustbench_local.cli_errors import EXPECTED, sentence
@@ -23,67 +20,14 @@ from robustbench_local.display import output
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation import PerExample
 from robustbench_local.identity import find_object
+from robustbench_local.results.agreement import compare_records, tell
 from robustbench_local.results.finding import one_record
 from robustbench_local.results.report import print_title, radius_in_words
 from robustbench_local.results.store import Record, Store
-
-_NO_NUMBERS = frozenset(
-    {"version", "run_id", "finished", "labels", "seconds", "environment", "config",
-     "examples_sha256", "examples_bytes", "leaderboard", "input_shape", "split_seed"}
-)  # fmt: skip
-"""Keys, anywhere in a record, that say when, where and how, and not what was measured."""
+from robustbench_local.results.summary import victim_of
 
 _AROUND = frozenset({"force", "shard", "threads", "tracking"})
 """Settings that no number depends on and records do not hold: filled without a word."""
-
-_MACHINE = ("device", "device_name", "threads", "system", "python", "packages")
-"""Of the environment, what explains that sums are rounded otherwise. The code's commit does not."""
-
-_INTERVAL = {None: "no", True: "no; within its interval", False: "no; NOT within its interval"}
-
-_SHOWN = 12
-"""Differences that are printed; the others are counted."""
-
-Leaves = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A number that came out otherwise; `within` its interval, None where it has none."""
-
-    name: str
-    recorded: object
-    now: object
-    within: bool | None = None
-
-
-@dataclass
-class Outcome:
-    """What making a record again has shown."""
-
-    compared: int = 0
-    differences: list[Difference] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    """What the record has and this version does not write any more."""
-    elsewhere: list[str] = field(default_factory=list)
-    """How the machine or the packages differ."""
-    code: list[str] = field(default_factory=list)
-    """How the code differs."""
-
-    @property
-    def exact(self) -> bool:
-        """Every number agrees to the last digit."""
-        return not self.differences
-
-    @property
-    def within(self) -> bool:
-        """Every number that has an interval lies within what was recorded."""
-        return all(difference.within is not False for difference in self.differences)
-
-    @property
-    def exit_code(self) -> int:
-        """0 where all agrees, or lies within the intervals on another machine or other packages."""
-        return 0 if self.exact or (self.within and self.elsewhere) else 1
 
 
 def reproduce(results: Path, word: str, *, data: Path, cache: Path, changes: Sequence[str]) -> int:
@@ -102,10 +46,12 @@ def reproduce(results: Path, word: str, *, data: Path, cache: Path, changes: Seq
     for note in notes:
         errors.print(f"[yellow]note[/yellow] {escape(note)}", soft_wrap=True, highlight=False)
     trained = any(cache.expanduser().rglob(f"{record['weights']['key']}*"))
+    radii = radii_of(store, record)
     with _threads(record.get("environment", {}).get("threads")):
-        again, examples = _run(config, labels, data, cache)
-    outcome = compare_records(record, again, recorded, examples)
-    _tell(outcome, record, again, console)
+        again, examples = _run(config, labels, data, cache, radii)
+    alone = len(radii) == 1 and record.get("radii_at_once", 1) > 1
+    outcome = compare_records(record, again, recorded, examples, alone=alone)
+    tell(outcome, record, again, console)
     if trained:
         told = f"its weights lay in {cache} and were not trained again; --cache DIR trains them too"
         console.print(told, markup=False, soft_wrap=True, highlight=False)
@@ -128,6 +74,35 @@ def _found(results: Path, word: str) -> tuple[Store, Record]:
         )
     store = Store(file.absolute().parents[1])
     return store, one_record(store, file.with_suffix("").name)
+
+
+def radii_of(store: Store, record: Record) -> list[float]:
+    """The radii that were attacked together with that of a record, its own among them.
+
+    They share passes over a network, and a minimum-norm attack is one search for all. Its own alone
+    where the store does not hold the records of exactly so many.
+    """
+    own, count = record["config"]["threat"]["epsilon"], record.get("radii_at_once", 1)
+    if count == 1:
+        return [own]
+    radii = {
+        other["config"]["threat"]["epsilon"]
+        for other in store.all()
+        if _but_radius(other) == _but_radius(record)
+    }
+    return sorted(radii) if len(radii) == count else [own]
+
+
+def _but_radius(record: Record) -> dict[str, Any]:
+    """What runs at several radii that were attacked together have in common."""
+    config = {key: value for key, value in record["config"].items() if key != "force"}
+    threat = {key: value for key, value in config["threat"].items() if key != "epsilon"}
+    return {
+        "config": {**config, "threat": threat},
+        "labels": {key: value for key, value in record["labels"].items() if key != "epsilon"},
+        "weights": victim_of(record),
+        "radii_at_once": record.get("radii_at_once"),
+    }
 
 
 def stored_config(record: Record, changes: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -158,6 +133,9 @@ def stored_config(record: Record, changes: Sequence[str]) -> tuple[dict[str, Any
         for key in sorted(set(node) - set(known)):
             del node[key]
             notes.append(f"{place}{key} is a key that is not known any more: it is left out")
+    # Older than audits: it holds no finding of one to compare, and a full one takes long.
+    if "audit" not in config:
+        template["audit"] = {**template["audit"], "level": record["audit"]["level"]}
     _fill(config, template, "", notes)
     _drop_unknown(config, "", notes)
     return config, notes
@@ -280,176 +258,43 @@ def _threads(recorded: int | None) -> Iterator[None]:
 
 
 def _run(
-    config: Mapping[str, Any], labels: Mapping[str, Any], data: Path, cache: Path
+    config: Mapping[str, Any],
+    labels: Mapping[str, Any],
+    data: Path,
+    cache: Path,
+    radii: Sequence[float],
 ) -> tuple[Record, PerExample]:
-    """Make the record again in a folder that is removed, with what a run prints left out."""
+    """Make the record again in a folder that is removed, with what a run prints left out.
+
+    It is attacked together with the others of `radii`.
+    """
     from omegaconf import OmegaConf
 
     from robustbench_local.run import Choices, run
 
     with tempfile.TemporaryDirectory(prefix="reproduce-") as folder:
         paths = {"data": str(data), "cache": str(cache), "results": folder}
-        whole = OmegaConf.create({**config, "force": False, "paths": paths})
+        own = config["threat"]["epsilon"]
+        threat = {**config["threat"], "epsilon": list(radii) if len(radii) > 1 else own}
+        whole = OmegaConf.create({**config, "threat": threat, "force": False, "paths": paths})
         choices = Choices({"attack": labels["attack"]}, (), labels)
         try:
             with redirect_stdout(io.StringIO()):
-                (made,) = run(whole, choices)
+                made = run(whole, choices)
         except UserError as error:
             raise UserError(_as_option(str(error))) from None
         except EXPECTED as error:
             raise UserError(sentence(error, CONF)) from None
         store = Store(Path(folder))
-        record = store.find(made["run_id"])  # as JSON holds it
+        (run_id,) = (
+            each["run_id"] for each in made if each["config"]["threat"]["epsilon"] == own
+        )  # fmt: skip
+        record = store.find(run_id)  # as JSON holds it
         assert record is not None
-        return record, store.examples(made["run_id"])
+        return record, store.examples(run_id)
 
 
 def _as_option(told: str) -> str:
     """What a run would have typed as a setting is typed as an option here."""
     told = told.replace("paths.data=", "--data ").replace("paths.cache=", "--cache ")
     return told.replace("type dataset.path=", "type --set dataset.path=")
-
-
-def compare_records(
-    recorded: Record, again: Record, examples: PerExample, new_examples: PerExample
-) -> Outcome:
-    """Number by number, and image by image. What one of the two does not say is not compared."""
-    outcome = Outcome()
-    old, new = leaves(recorded), leaves(again)
-    for name, value in old.items():
-        if name not in new:
-            outcome.missing.append(name)
-            continue
-        outcome.compared += 1
-        if new[name] != value:
-            within = _within(name, old, new)
-            outcome.differences.append(Difference(name, value, new[name], within))
-    theirs = asdict(new_examples)
-    for name, values in asdict(examples).items():
-        if not values.size and theirs[name].size:
-            continue  # an older record
-        outcome.compared += 1
-        if not np.array_equal(values, theirs[name]):
-            count = _images(values, theirs[name])
-            outcome.differences.append(
-                Difference(f"examples.{name}", f"n {len(values)}", f"differs in {count} images")
-            )
-    here, there = again.get("environment", {}), recorded.get("environment", {})
-    outcome.elsewhere = list(_unlike({key: there.get(key) for key in _MACHINE},
-                                     {key: here.get(key) for key in _MACHINE}))  # fmt: skip
-    own = ("robustbench_local", "git_commit", "git_dirty")
-    outcome.code = list(_unlike({key: there.get(key) for key in own},
-                                {key: here.get(key) for key in own}))  # fmt: skip
-    return outcome
-
-
-def leaves(node: object, place: str = "") -> Leaves:
-    """Every number of a record, and every hash, by its place; what has a name, by that.
-
-    Sentences are left out: they may be worded better since.
-    """
-    found: Leaves = {}
-    if isinstance(node, Mapping):
-        for key, child in node.items():
-            if key not in _NO_NUMBERS:
-                found |= leaves(child, f"{place}.{key}" if place else str(key))
-    elif isinstance(node, list):
-        for index, child in enumerate(node):
-            has_name = isinstance(child, Mapping) and isinstance(child.get("name"), str)
-            # The parts of a cascade may have one name several times.
-            step = f"{child['name']}" if has_name else str(index)
-            step = step if f"{place}.{step}" not in _begun(found, place) else f"{step}.{index}"
-            found |= leaves(child, f"{place}.{step}")
-    elif node is None or isinstance(node, bool | int | float) or _is_hash(place):
-        found[place] = node
-    return found
-
-
-def _begun(found: Leaves, place: str) -> set[str]:
-    depth = place.count(".") + 2
-    return {".".join(name.split(".")[:depth]) for name in found}
-
-
-def _is_hash(place: str) -> bool:
-    last = place.rpartition(".")[2]
-    return last in ("sha256", "fingerprint", "test_fingerprint", "comparability")
-
-
-def _within(name: str, old: Leaves, new: Leaves) -> bool | None:
-    """Whether an accuracy lies in the interval recorded with it; None for what has none."""
-    home, _, last = name.rpartition(".")
-    if last in ("low", "high") and f"{home}.value" in old:
-        return None  # the value is what is asked about
-    limits = (old.get(f"{home}.low"), old.get(f"{home}.high"))
-    if last != "value" or None in limits or new[name] is None:
-        return None
-    return bool(limits[0] <= new[name] <= limits[1])
-
-
-def _images(old: np.ndarray[Any, Any], new: np.ndarray[Any, Any]) -> object:
-    if old.shape != new.shape:
-        return f"shape, {old.shape} and {new.shape}: all"
-    return int((old != new).reshape(len(old), -1).any(axis=1).sum())
-
-
-def _unlike(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in there.items():
-        now = here.get(key)
-        if isinstance(value, Mapping) and isinstance(now, Mapping):
-            yield from _unlike(value, now)
-        elif value != now:
-            yield f"{key} {value} then, {now} now"
-
-
-def _tell(outcome: Outcome, record: Record, again: Record, console: Console) -> None:
-    table = Table()
-    table.add_column("number", overflow="fold")
-    for column in ("recorded", "now", "agrees"):
-        table.add_column(column, overflow="fold")
-    differs = {difference.name for difference in outcome.differences}
-    for key in ("clean_accuracy", "robust_accuracy"):
-        value, now = record[key], again[key]["value"]
-        interval = f" ({100 * value['low']:.2f} to {100 * value['high']:.2f})"
-        inside = "within" if value["low"] <= now <= value["high"] else "NOT within"
-        agrees = "exactly" if f"{key}.value" not in differs else f"no; {inside} its interval"
-        cells = (f"{100 * value['value']:.2f}%{interval}", f"{100 * now:.2f}%", agrees)
-        table.add_row(key.replace("_", " "), *cells)
-    hidden = {"clean_accuracy.value", "robust_accuracy.value"}
-    others = [each for each in outcome.differences if each.name not in hidden]
-    for each in others[:_SHOWN]:
-        cells = (each.name, str(each.recorded), str(each.now))
-        table.add_row(*map(escape, cells), _INTERVAL[each.within])
-    console.print(table)
-    if len(others) > _SHOWN:
-        console.print(f"and {len(others) - _SHOWN} more that differ", highlight=False)
-
-    def say(told: str) -> None:
-        console.print(escape(told), soft_wrap=True, highlight=False)
-
-    if outcome.missing:
-        say(f"not compared, since this version does not say it: {', '.join(outcome.missing)}")
-    if outcome.elsewhere:
-        say(f"machine and packages: {'; '.join(outcome.elsewhere)}")
-    if outcome.code:
-        say(f"code: {'; '.join(outcome.code)}")
-    if again["run_id"] != record["run_id"]:
-        say(f"its run id would be {again['run_id']} now: code, data or device are not the same")
-    say(_verdict(outcome))
-
-
-def _verdict(outcome: Outcome) -> str:
-    count = f"{outcome.compared:,} numbers and arrays"
-    if outcome.exact:
-        return f"REPRODUCED: all {count} agree to the last digit"
-    told = f"{len(outcome.differences):,} of {count} differ"
-    if not outcome.within:
-        return f"NOT REPRODUCED: {told}, and an accuracy lies outside its recorded interval"
-    if outcome.elsewhere:
-        return (
-            f"REPRODUCED WITHIN THE INTERVALS: {told}, as happens on another machine or with other "
-            "packages; every accuracy lies within its recorded interval"
-        )
-    return (
-        f"NOT REPRODUCED: {told} on the same kind of machine with the same packages, although "
-        "every accuracy lies within its recorded interval"
-    )

@@ -37,22 +37,12 @@ def wilson(successes: float, n: int) -> Interval:
     return Interval(successes / n, float(limits.low), float(limits.high))
 
 
-def wilson_limits(successes: ArrayLike, n: ArrayLike) -> tuple[Floats, Floats]:
-    """The limits of `wilson` for many proportions at once; n is 1 or more."""
-    from statsmodels.stats.proportion import proportion_confint
-
-    counts, of = np.rint(successes), np.asarray(n)
-    low, high = proportion_confint(counts, of, alpha=0.05, method="wilson")
-    # What rounding leaves beside 0 and 1 would be read as evidence.
-    return np.where(counts == 0, 0.0, low), np.where(counts == of, 1.0, high)
-
-
 def clopper_pearson(successes: int, n: int) -> Interval:
     """The 95% Clopper-Pearson interval, which covers that or more: wider than that of Wilson."""
-    from statsmodels.stats.proportion import proportion_confint
+    from scipy.stats import binomtest
 
-    low, high = proportion_confint(successes, n, alpha=0.05, method="beta")
-    return Interval(successes / n, float(low), float(high))
+    limits = binomtest(successes, n).proportion_ci(0.95, method="exact")
+    return Interval(successes / n, float(limits.low), float(limits.high))
 
 
 def accuracy(correct: NDArray[Any], draws: NDArray[Any]) -> Interval:

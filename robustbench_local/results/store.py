@@ -12,6 +12,7 @@ from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 from filelock import FileLock
@@ -228,8 +229,14 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         raise Damaged("its examples are missing") from None
     if sha256(data).hexdigest() != record.get("examples_sha256"):
         raise Damaged("its examples are damaged")
-    with np.load(BytesIO(data), allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in names if name in arrays}
+    try:
+        with np.load(BytesIO(data), allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in names if name in arrays}
+        if {"indices", "labels", "robust_correct"} & set(names) <= found.keys():
+            return found
+    except (ValueError, TypeError, EOFError, BadZipFile):  # pickled objects among them
+        pass
+    raise Damaged("its examples are no arrays of ours") from None
 
 
 def check_writable(folder: Path, key: str) -> None:

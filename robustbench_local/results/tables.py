@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from robustbench_local.errors import UserError
-from robustbench_local.results.finding import unknown_value
+from robustbench_local.results.finding import same_radius, unknown_value
 from robustbench_local.results.leaderboard import ROW
+from robustbench_local.results.lines import ENDS, MEASURES
 from robustbench_local.results.report import print_title, radius_in_words
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ def filtered(table: "pd.DataFrame", wanted: Mapping[str, str], where: str) -> "p
 
     Raises `UserError` where no line has one of them.
     """
-    from robustbench_local.threat import parse_epsilon
-
     for key, typed in wanted.items():
         if key == "attack":
             there = attacks_of(table)
@@ -37,8 +36,8 @@ def filtered(table: "pd.DataFrame", wanted: Mapping[str, str], where: str) -> "p
             drop = [f"{name}{end}" for name in there if name != typed for end in ENDS]
             kept = kept.drop(columns=drop)
         elif key == "epsilon":
-            there = [radius_in_words(value) for value in table[key].unique()]
-            kept = table[(table[key].astype(float) - parse_epsilon(typed)).abs() < 1e-9]
+            there = [radius_in_words(value) for value in sorted(table[key].unique())]
+            kept = table[[same_radius(value, typed) for value in table[key]]]
         else:
             there = sorted(table[key].astype(str).unique())
             kept = table[table[key].astype(str) == typed]
@@ -55,16 +54,12 @@ def _as_option(told: str) -> str:
     return f"{head}{typed}--{key} {value}" if is_set and typed else told
 
 
-ENDS = ("", "_low", "_high")
-
-
 def attacks_of(table: "pd.DataFrame") -> list[str]:
     """The attacks that some line has met."""
-    known = {"clean_accuracy", "worst_case"}
     return [
         name
         for name in map(str, table.columns)
-        if name not in known
+        if name not in MEASURES
         and {f"{name}_low", f"{name}_high"} <= set(table.columns)
         and table[name].notna().any()
     ]
@@ -74,13 +69,12 @@ def show_leaderboard(table: "pd.DataFrame", console: Console) -> None:
     """Print it, a table for each threat model and data set, best first."""
     attacks = attacks_of(table)
     groups = ["dataset", "comparability", "norm", "epsilon", "access", "awareness"]
-    for _, group in table.groupby(groups, sort=False):
-        first = group.iloc[0]
-        print_title(
-            f"{first['dataset']}, {first['norm']} {radius_in_words(first['epsilon'])}, access to "
-            f"{first['access']}, {first['awareness']}, n {first['n']}",
-            console,
-        )
+    tables = [group for _, group in table.groupby(groups, sort=False)]
+    titles = [_title(group.iloc[0]) for group in tables]
+    for group, title in zip(tables, titles, strict=True):
+        if titles.count(title) > 1:  # other test images, query budgets or rules of the judge
+            title = f"{title}, comparability {group['comparability'].iloc[0]}"
+        print_title(title, console)
         narrow = console.width < NARROW
         console.print(_narrow(group, attacks) if narrow else _wide(group, attacks))
     flags = " ".join(map(str, table["flags"].dropna()))
@@ -88,10 +82,16 @@ def show_leaderboard(table: "pd.DataFrame", console: Console) -> None:
     console.print(told + ("; a star: a severe flag" if "*" in flags else ""), soft_wrap=True)
 
 
+def _title(line: "pd.Series[Any]") -> str:
+    return (
+        f"{line['dataset']}, {line['norm']} {radius_in_words(line['epsilon'])}, access to "
+        f"{line['access']}, {line['awareness']}, n {line['n']}"
+    )
+
+
 def _wide(group: "pd.DataFrame", attacks: Sequence[str]) -> Table:
     table = Table()
-    ranked = "rank" in group.columns
-    for name in [*(["rank"] if ranked else []), "defense", "model", "train"]:
+    for name in ("rank", "defense", "model", "train"):
         longest = max(
             len(part) for each in group[name] for part in _breaking(str(each)).split("\n")
         )
@@ -102,7 +102,7 @@ def _wide(group: "pd.DataFrame", attacks: Sequence[str]) -> Table:
     for name in ("attacks", "seeds", "status", "flags"):
         table.add_column(name, overflow="fold")
     for _, line in group.iterrows():
-        cells = [_text(line["rank"])] if ranked else []
+        cells = [_text(line["rank"])]
         cells += [_breaking(str(line[key])) for key in ("defense", "model", "train")]
         cells += [_share(line["clean_accuracy"]), _with_interval(line, "worst_case")]
         cells += [_met(line, attacks), _text(line["seeds"]), _status(line)]
@@ -116,7 +116,7 @@ def _narrow(group: "pd.DataFrame", attacks: Sequence[str]) -> Table:
     table.add_column("accuracies", overflow="fold")
     for _, line in group.iterrows():
         victim = [f"{key} {_breaking(str(line[key]))}" for key in ("defense", "model", "train")]
-        if "rank" in group.columns and _text(line["rank"]):
+        if _text(line["rank"]):
             victim.insert(0, f"rank {_text(line['rank'])}")
         about = {"seeds": line["seeds"], "status": _status(line), "flags": line["flags"]}
         victim += [f"{key} {value}" for key, value in about.items() if _text(value)]
@@ -144,7 +144,7 @@ def _text(value: object) -> str:
 
 def _status(line: "pd.Series[Any]") -> str:
     """With where the line comes from, unless its records are in this folder."""
-    origin = line.get("origin", "local")
+    origin = line["origin"]
     return _text(line["status"]) + ("" if origin == "local" else f" ({origin})")
 
 
@@ -183,12 +183,10 @@ def exported(table: "pd.DataFrame", kind: str) -> str:
 def _printed(table: "pd.DataFrame") -> "pd.DataFrame":
     import pandas as pd
 
-    columns = {}
-    if "rank" in table.columns:
-        columns["rank"] = table["rank"].map(_text)
+    columns = {"rank": table["rank"].map(_text)}
     for key in ROW:
         columns[key] = table[key].map(radius_in_words if key == "epsilon" else _text)
-    for name in ("clean_accuracy", "worst_case", *attacks_of(table)):
+    for name in (*MEASURES, *attacks_of(table)):
         columns[name] = table.apply(_with_interval, axis=1, name=name)
     for key in ("n", "seeds"):
         columns[key] = table[key].map(_text)

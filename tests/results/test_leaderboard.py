@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 from robustbench_local.errors import UserError
 from robustbench_local.evaluation import PerExample
 from robustbench_local.results import Store, fold, wilson, write_leaderboard
+from robustbench_local.results.statistics import accuracy
 from robustbench_local.results.store import RECORD_VERSION, check_writable
 
 
@@ -253,6 +255,19 @@ def test_a_seed_answers_for_itself(store):
     add(store, "c", [0.5, 0.5], attack="standard", seed=1, **later)
     (line,) = fold(store).to_dict("records")
     assert line["status"] == "ranked"
+
+
+def test_draws_that_images_share_widen_the_worst_case_as_they_do_the_attack(store):
+    """Ten draws turn all 400 images together: the worst case is that attack, and no surer."""
+    draws = np.tile(np.arange(10) < 6, (400, 1))
+    outcome = replace(examples(draws.mean(1)), clean_draws=draws, robust_draws=draws)
+    known = record("a", outcome, attack="standard", judge_draws=10)
+    known["robust_accuracy"] = accuracy(outcome.robust_correct, draws)._asdict()
+    store.add({**known, "randomized": True}, outcome)
+    (line,) = fold(store).to_dict("records")
+    for end in ("", "_low", "_high"):
+        assert line[f"worst_case{end}"] == pytest.approx(line[f"standard{end}"], abs=1e-12)
+    assert line["worst_case_high"] - line["worst_case_low"] > 0.5
 
 
 def test_cascades_that_are_doubted_do_not_absolve_each_other(store):

@@ -72,6 +72,15 @@ def test_other_weights_and_other_images_are_conflicts_though_accuracies_agree(st
     assert conflicts["b"] == "hash of the weights is ('mine',) here and ('yours',) there"
 
 
+def test_a_flag_that_one_of_the_two_lacks_is_a_conflict(stores):
+    """It decides whether the row is ranked, and may be all that differs."""
+    here, there = stores
+    add(here, "a", [1, 0], flags=[("subset", False)])
+    add(there, "a", [1, 0], flags=[("subset", False), ("zero_gradient", True)])
+    conflicts = dict(here.merge(there.folder).conflicts)
+    assert conflicts == {"a": "flag.zero_gradient is None here and severe there"}
+
+
 def test_damaged_and_newer_records_are_named_left_there_and_not_copied(stores):
     here, there = stores
     for run_id in "abcd":

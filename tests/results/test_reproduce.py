@@ -2,18 +2,18 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from robustbench_local.__main__ import CONF
 from robustbench_local.results import Store
 from robustbench_local.results.__main__ import main
-from robustbench_local.results.reproduce import (
-    compare_records,
-    leaves,
-    stored_config,
-)
+from robustbench_local.results.agreement import compare_records, leaves
+from robustbench_local.results.reproduce import radii_of, stored_config
 from robustbench_local.run import Choices, run
 
 QUICK = (
@@ -75,8 +75,15 @@ def test_a_record_is_reproduced_to_the_last_digit(recorded, cli, tmp_path, victi
     run_id = found[victim]
     record = Store(folder / "results").find(run_id)
     assert record["randomized"] == (victim == "random")
-    code, out, err = cli("--results", str(folder / "results"), "reproduce", run_id[:6],
-                         "--cache", str(tmp_path / "cache"))  # fmt: skip
+    threads, other = torch.get_num_threads(), 1 + (record["environment"]["threads"] == 1)
+    torch.set_num_threads(other)  # sums are rounded otherwise: as many as were recorded are taken
+    try:
+        code, out, err = cli("--results", str(folder / "results"), "reproduce", run_id[:6],
+                             "--cache", str(tmp_path / "cache"))  # fmt: skip
+        assert torch.get_num_threads() == other
+    finally:
+        torch.set_num_threads(threads)
+    assert "machine and packages" not in out
     assert code == 0, out + err
     assert "REPRODUCED: all" in out and out.count("exactly") == 2
     assert "run id would be" not in out and "not compared" not in out
@@ -95,9 +102,20 @@ def test_edited_expectations_do_not_agree(recorded, cli, tmp_path):
     path = edited(folder, tmp_path / "edited", found["fixed"], change)
     code, out, _ = cli("reproduce", str(path), "--cache", str(folder / "cache"))
     assert code == 1
+    assert "its comparability would be" not in out
     assert "NOT REPRODUCED" in out and "NOT within its interval" in out
     assert "perturbation.mean" in out and "0.123" in out
     assert "were not trained again" in out
+
+
+def test_a_record_of_an_older_judge_can_agree_in_every_number(recorded, cli, tmp_path):
+    """The key that says what it is ranked with is no number, and is told apart."""
+    folder, found = recorded
+    path = edited(folder, tmp_path / "edited", found["fixed"],
+                  lambda record: record.update(comparability="of another judge"))  # fmt: skip
+    code, out, _ = cli("reproduce", str(path), "--cache", str(folder / "cache"))
+    assert code == 0 and "REPRODUCED: all" in out
+    assert "its comparability would be" in out and "no ranking holds both" in out
 
 
 def both(recorded, victim="fixed"):
@@ -165,6 +183,47 @@ def test_parts_of_one_name_are_told_apart():
     assert sorted(leaves(parts).values()) == [1, 2]
 
 
+def test_names_with_a_point_do_not_hide_each_other():
+    """A number that overwrites another would not be compared."""
+    parts = {"parts": [{"name": "lib.apgd", "broken": 1}, {"name": "lib.apgd", "broken": 2}]}
+    assert sorted(leaves(parts).values()) == [1, 2]
+
+
+def test_arrays_that_an_older_record_has_not_are_no_difference(recorded):
+    """Their place is held by arrays of another shape than those of a victim without them."""
+    record, examples = both(recorded)
+    assert not examples.clean_rejected.size
+    older = replace(examples, clean_rejected=np.zeros((len(examples.labels), 0), np.float16))
+    assert compare_records(record, record, older, examples).exact
+
+
+def test_what_is_null_now_and_was_a_number_is_a_difference(recorded):
+    record, examples = both(recorded)
+    again = {**json.loads(json.dumps(record)), "metrics": None}
+    outcome = compare_records(record, again, examples, examples)
+    assert not outcome.exact and not outcome.missing
+    assert {each.name.split(".")[0] for each in outcome.differences} == {"metrics"}
+
+
+def test_radii_that_were_attacked_together_are_so_again(cli, tmp_path):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        paths = [f"paths.{key}={tmp_path / key}" for key in ("data", "cache", "results")]
+        config = compose("config", [*QUICK, "threat.epsilon=[0,0.05,0.1,0.3]", *paths])
+    groups = {"model": "small_cnn", "train": "mnist", "attack": "pgd"}
+    none, *together = run(config, Choices(groups, (CONF,)))
+    store = Store(tmp_path / "results")
+    assert radii_of(store, none) == [0] and none["radii_at_once"] == 1
+    assert [radii_of(store, each) for each in together] == [[0.05, 0.1, 0.3]] * 3
+    words = ("reproduce", together[1]["run_id"], "--cache", str(tmp_path / "cache"))
+    code, out, err = cli("--results", str(store.folder), *words)
+    assert code == 0 and "REPRODUCED: all" in out and "not compared" not in out, out + err
+    (store.records / f"{together[0]['run_id']}.json").unlink()
+    assert radii_of(store, together[1]) == [0.1]
+    code, out, err = cli("--results", str(store.folder), *words)
+    assert code == 0 and "REPRODUCED: all" in out, out + err
+    assert "together with 2 other radii, whose records are not there: passes_per_att" in out
+
+
 def test_newer_keys_get_their_defaults_and_unknown_ones_are_told(recorded):
     record, _ = both(recorded, "random")
     config, notes = stored_config(record, [])
@@ -183,6 +242,15 @@ def test_newer_keys_get_their_defaults_and_unknown_ones_are_told(recorded):
     assert len(notes) == 6
     for key in ("audit.passes", "eot", "attack.best_iterate", "gone", "train.old", "attack.lost"):
         assert any(note.startswith(f"{key} is") for note in notes)
+
+
+def test_a_record_older_than_audits_is_audited_no_more_than_it_was():
+    store = Store(Path(__file__).parent / "fixtures" / "version3", repairs=False)
+    (record,) = store.all()
+    assert "audit" not in record["config"]
+    config, notes = stored_config(record, [])
+    assert config["audit"]["level"] == "cheap"
+    assert any(note.startswith("audit is newer") for note in notes)
 
 
 def test_paths_are_given_again(recorded, cli):

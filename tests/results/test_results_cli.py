@@ -10,16 +10,16 @@ from io import StringIO
 import numpy as np
 import pandas as pd
 import pytest
-from rich.console import Console
 from test_leaderboard import examples, record
 
 from robustbench_local.results import Store, fold, wilson
 from robustbench_local.results.__main__ import main
 from robustbench_local.results.compare import p_in_words
+from robustbench_local.results.compare import robust as kept_by
 from robustbench_local.results.finding import side
 from robustbench_local.results.leaderboard import worst_case
-from robustbench_local.results.statistics import p_difference
-from robustbench_local.results.tables import escape_latex, escape_markdown, exported
+from robustbench_local.results.statistics import accuracy, p_difference
+from robustbench_local.results.tables import escape_latex, escape_markdown
 
 FULL = {
     "perturbation": {"norm": "linf", "images": 3, "mean": 0.1, "median": 0.1, "max": 0.3},
@@ -127,6 +127,30 @@ def test_the_leaderboard_fits_the_terminal(store, cli, monkeypatch, width):
     assert "none" not in cli("show", "--attack", "square", "--epsilon", "0.3")[1].split()
 
 
+def test_tables_of_one_title_say_what_keeps_them_apart(store, cli):
+    for name in ("one", "other"):
+        add(store, name, [1, 0], defense=name, comparability=f"key-{name}")
+    add(store, "third", [1, 0], epsilon=0.1)
+    titles = [line for line in cli("show")[1].splitlines() if line.startswith("mnist,")]
+    assert [title.partition(", n 2")[2] for title in titles] == [
+        ", comparability key-one", ", comparability key-other", "",
+    ]  # fmt: skip
+
+
+def test_radii_are_typed_and_told_as_people_write_them(store, cli):
+    add(store, "a1", [1, 0], defense="jpeg", epsilon=8 / 255)
+    add(store, "a2", [1, 0], defense="jpeg", epsilon=0.3)
+    for typed in ("abc", "0.2"):
+        told = one_sentence(cli("show", "--epsilon", typed)[2])
+        assert f"epsilon={typed} is in no record" in told and "expected one of 8/255, 0.3" in told
+        assert "type --epsilon " in told
+        told = one_sentence(cli("compare", f"defense=jpeg,epsilon={typed}", "a1")[2])
+        assert "expected one of 0.3, 8/255: type epsilon=" in told
+    assert "(0.3, 8/255)" in one_sentence(cli("compare", "defense=jpeg", "a1")[2])
+    shown = cli("show", "--epsilon", "8/255")[1]
+    assert "linf 8/255" in shown and "linf 0.3" not in shown
+
+
 def test_filters_that_match_nothing_suggest(store, cli):
     add(store, "a1", [1, 0], defense="jpeg")
     assert "type --defense jpeg" in one_sentence(cli("show", "--defense", "jpg")[2])
@@ -201,9 +225,27 @@ def test_several_seeds_are_a_matrix(store, cli):
     code, out, _ = cli("compare", "defense=jpeg", "defense=none")
     assert code == 0 and "3 seeds of the first and 3 seeds of the second" in out
     assert p_in_words(p_difference(drawn["jpeg"], drawn["none"])) in out
-    assert "t-test over images and seeds" in out
+    assert "t-test over images and seeds" in out and "only the second (in most seeds)" in out
     code, out, _ = cli("compare", "defense=jpeg", "defense=none,seed=0")
     assert "which says nothing about the training noise of the one with one" in out
+
+
+def test_of_a_selection_counts_what_counts_in_the_leaderboard(store, cli):
+    """Seeds that have met every attack; the latest of one made again, or stronger evidence."""
+    half, none = rows(100, first=50)[0], rows(100, first=0)[0]
+    day = "2026-01-0{}T00:00:00".format
+    add(store, "a1", rows(100, first=90)[0], defense="jpeg", attack="pgd", finished=day(1))
+    add(store, "a2", half, defense="jpeg", attack="pgd", finished=day(2))
+    add(store, "a3", rows(100, first=80)[0], defense="jpeg", attack="fgsm")
+    add(store, "b1", rows(100, first=100)[0], defense="jpeg", attack="fgsm", seed=1)
+    add(store, "c1", none, defense="none", attack="pgd")
+    add(store, "c2", none, defense="none", attack="fgsm")
+    for words in (("defense=jpeg", "defense=none"), ("defense=none", "defense=jpeg")):
+        out = cli("compare", *words)[1]
+        assert "jpeg keeps 50.0%" in out and "one training seed each" in out
+    add(store, "d1", half * 0.5, defense="noise", judge_draws=10, averaged=80, finished=day(1))
+    add(store, "d2", half, defense="noise", judge_draws=10, averaged=20, finished=day(2))
+    assert "noise keeps 25.0%" in cli("compare", "defense=noise", "c1")[1]
 
 
 def test_three_are_compared_in_pairs_after_holm(store, cli):
@@ -242,28 +284,55 @@ def test_what_is_not_comparable_is_refused(store, cli, other, told):
         assert anyway[0] == 1 and anyway[2] == err
 
 
+def test_who_may_reject_images_is_not_compared_with_who_may_not(store, cli):
+    add(store, "aa", [1, 0], defense="jpeg")
+    add(store, "bb", [1, 1], defense="detector", awareness="oblivious")
+    whole = store.find("bb")
+    store.add({**whole, "detection": {"clean_rejected": 0.1}}, store.examples("bb"))
+    for words in ((), ("--anyway",)):
+        told = one_sentence(cli("compare", "aa", "bb", *words)[2])
+        assert "one of them may reject images" in told
+
+
+def test_other_training_data_is_noted_where_the_key_of_comparability_is_not_asked(store, cli):
+    """That key holds the awareness too, so that --anyway passes over it."""
+    add(store, "aa", [1, 0], defense="jpeg")
+    add(store, "bb", [1, 1], defense="none", awareness="oblivious")
+    assert "other training data" not in cli("compare", "aa", "bb", "--anyway")[1]
+    whole = store.find("bb")
+    whole["dataset"]["fingerprint"] = "of another"
+    store.add(whole, store.examples("bb"))
+    assert "note aa and bb were measured with other training data" in cli(
+        "compare", "aa", "bb", "--anyway"
+    )[1]  # fmt: skip
+
+
 def test_selections_that_mean_nothing_or_too_much(store, cli):
     add(store, "a1", [1, 0], defense="jpeg", epsilon=0.1)
     add(store, "a2", [1, 0], defense="jpeg", epsilon=0.3)
     assert "epsilon=0.1" in one_sentence(cli("compare", "defense=jpeg", "a1")[2])
     assert "defense=jpeg" in one_sentence(cli("compare", "defense=jpge", "a1")[2])
     assert "defense=jpeg" in one_sentence(cli("compare", "defence=jpeg", "a1")[2])
-    assert "type fewer" in one_sentence(cli("compare", "defense=jpeg,seed=0,epsilon=0.1,attack=pgd,"
-                                            "model=small_cnn,norm=linf,awareness=adaptive,"
-                                            "train=mnist,dataset=mnist,access=labels", "a1")[2]
-                                        .replace("expected one of", "type fewer"))  # fmt: skip
+    add(store, "b1", [1, 0], defense="none", epsilon=0.1, access="labels")
+    told = one_sentence(cli("compare", "defense=jpeg,access=labels", "a1")[2])
+    assert "each part of it selects some" in told and "type fewer" in told
     assert "expected two victims" in one_sentence(cli("compare", "a1")[2])
 
 
 def test_the_worst_case_is_that_of_the_leaderboard(store):
-    """Deterministic and random victims, several attacks: the mean is the one that is ranked."""
+    """Deterministic and random victims, several attacks: the mean is the one that is ranked.
+
+    So are the limits, also where draws that the images share have widened them.
+    """
     from dataclasses import replace
 
     generator = np.random.default_rng(1)
     for run, attack in enumerate(("fgsm", "pgd", "square")):
         draws = generator.random((200, 10)) < generator.random((200, 1))
+        draws[:, : 4 - run] = False  # of all images
         outcome = replace(examples(draws.mean(1)), clean_draws=draws, robust_draws=draws)
         known = record(f"r{run}", outcome, attack=attack, judge_draws=10, defense="noise")
+        known["robust_accuracy"] = accuracy(outcome.robust_correct, draws)._asdict()
         store.add({**known, "randomized": True}, outcome)
         add(store, f"d{run}", generator.random(200) < 0.6, attack=attack, defense="none")
     for defense in ("noise", "none"):
@@ -271,6 +340,8 @@ def test_the_worst_case_is_that_of_the_leaderboard(store):
         assert one.outcomes.mean() == pytest.approx(worst_case(store, one.all_records), abs=1e-12)
         line = fold(store).set_index("defense").loc[defense]
         assert one.outcomes.mean() == pytest.approx(line.worst_case, abs=1e-12)
+        limits = (line.worst_case, line.worst_case_low, line.worst_case_high)
+        assert kept_by(one) == pytest.approx(limits, abs=1e-12)
 
 
 NASTY = r"a|b_c&d%e$f#g{h}i~j^k\l<m>n*o[p]--q"
@@ -336,6 +407,7 @@ def test_escapes_leave_plain_names_alone():
     assert escape_markdown("adversarial_training+noise") == "adversarial_training+noise"
     assert escape_markdown("_x_") == r"\_x\_"
     assert escape_latex("small cnn 8/255") == "small cnn 8/255"
+    assert escape_latex("two\nlines") == escape_markdown("two\nlines") == "two lines"
 
 
 def test_an_export_that_cannot_be_written_is_a_sentence(nasty, cli, tmp_path):
@@ -379,22 +451,44 @@ def test_what_a_comparison_prints_survives_a_narrow_terminal(store, cli, monkeyp
     out = cli("compare", "aa", "bb")[1]
     assert max(len(line) for line in out.splitlines() if line[:1] in "┃│┏┡└├") <= 60
     assert "86." in out and "1e-200" in out
+    for name in ("a", "b", "c", "d"):
+        add(store, name, rows()[0], defense=f"adversarial_training_{name}")
+    monkeypatch.setenv("COLUMNS", "80")
+    out = cli("compare", "a", "b", "c", "d")[1]
+    table = [line for line in out.splitlines() if line[:1] in "┃│┏┡└├"]
+    assert max(map(len, table)) <= 80 and "…" not in out
+    for name in ("a", "b", "c", "d"):  # whole, in the table of victims
+        assert f"│ adversarial_training_{name} " in out
+    pairs = re.findall(r"^│ (\d - \d) │", out, re.MULTILINE)
+    assert pairs == ["1 - 2", "1 - 3", "1 - 4", "2 - 3", "2 - 4", "3 - 4"]
 
 
-def test_the_table_itself_can_be_exported_without_a_rank_column(nasty):
-    assert exported(nasty.drop(columns="rank", errors="ignore"), "md").startswith("| dataset |")
-    assert Console  # of rich, which the command prints with
+def test_a_sentence_names_what_tells_its_own_two_apart(store, cli):
+    """What tells a third from them says nothing in it."""
+    add(store, "aa", rows()[0], defense="trades", attack="standard")
+    add(store, "bb", rows()[1], defense="none", attack="standard")
+    add(store, "cc", rows()[1], defense="none", attack="pgd")
+    out = cli("compare", "aa", "bb", "cc")[1]
+    assert "under linf 0.3 against standard, trades keeps 88.2% where none keeps 0.0%" in out
+    assert (
+        "0.3, none under standard keeps 0.0% where none under pgd keeps 0.0%: 0.0 points apart"
+        in out
+    )
+    assert "trades under standard keeps 88.2% where none under pgd keeps 0.0%" in out
 
 
-def test_merging_tells_what_became_of_each_record(store, cli, monkeypatch, tmp_path):
-    from types import SimpleNamespace
-
-    add(store, "a1", [1, 0])
-    report = SimpleNamespace(added=["x"], duplicates=["a1"], conflicts=[], damaged=["d.json: torn"])
-    monkeypatch.setattr(Store, "merge", lambda _, other: report, raising=False)
-    code, out, _ = cli("merge", str(tmp_path / "other"))
+def test_merging_tells_what_became_of_each_record(store, cli, tmp_path):
+    there = Store(tmp_path / "other")
+    for run_id in ("same", "torn", "else"):
+        add(there, run_id, [1, 0], defense=run_id)
+    add(store, "same", [1, 0], defense="same")
+    (there.records / "torn.json").write_text("half")
+    code, out, _ = cli("merge", str(there.folder))
     assert code == 0 and "1 added, 1 there already, 0 in conflict, 1 damaged" in out
-    assert "damaged: d.json: torn" in out and (store.folder / "leaderboard.csv").exists()
-    report.conflicts = [("a1", "n is 2 here and 3 there")]
-    code, out, _ = cli("merge", str(tmp_path / "other"))
-    assert code == 1 and "conflict: run a1: n is 2 here and 3 there" in out
+    assert "damaged: torn.json: it is torn" in out and "2 records counted" in out
+    assert set(pd.read_csv(store.folder / "leaderboard.csv").defense) == {"same", "else"}
+    add(there, "same", [1, 1], defense="same")
+    code, out, _ = cli("merge", str(there.folder))
+    assert code == 1 and "0 added, 1 there already, 1 in conflict, 1 damaged" in out
+    assert "conflict: run same: " in out and "value is 0.5 here and 1.0 there" in out
+    assert store.find("same")["robust_accuracy"]["value"] == 0.5

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,32 @@ def test_examples_that_are_not_those_of_the_record_are_never_read(store, swapped
     with pytest.raises(UserError, match="run a has no whole record"):
         store.examples("a")
     assert store.examples("b").robust_correct.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["pickled", "one array", "text", "others"])
+def test_foreign_examples_are_damage_though_their_hash_is_right(store, kind):
+    """Whoever made such a record up: nothing is unpickled, and nothing ends in a traceback."""
+    add(store, "a", [1, 0])
+    path = store.records / "a.npz"
+    with path.open("wb") as file:
+        if kind == "pickled":
+            np.savez(file, indices=np.array([{}, []], object), labels=np.zeros(2))
+        elif kind == "one array":
+            np.save(file, np.zeros(2))
+        elif kind == "others":
+            np.savez(file, weights=np.zeros(2))
+        else:
+            file.write(b"nothing of ours")
+    whole = json.loads((store.records / "a.json").read_text())
+    data = path.read_bytes()
+    told = {"examples_sha256": sha256(data).hexdigest(), "examples_bytes": len(data)}
+    (store.records / "a.json").write_bytes(encode({**whole, **told}))
+    with (
+        pytest.warns(UserWarning, match=r"a.json is not counted: its examples are no arrays of"),
+        pytest.raises(UserError, match="run a has no whole record"),
+    ):
+        store.examples("a")
+    assert names(store) == ["a.json.damaged", "a.npz.damaged"]
 
 
 def test_what_a_newer_version_wrote_is_left_alone(store):
