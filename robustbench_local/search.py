@@ -286,7 +286,7 @@ def from_hydra(sweeper: "OptunaSearch", arguments: Sequence[str]) -> None:
             "a search needs Optuna, which is not installed: type "
             "pip install 'robustbench-local[search]'"
         )
-    assert sweeper.hydra_context is not None  # set up before
+    assert sweeper.hydra_context is not None and sweeper.config is not None  # set up before
     words = [f"{key}={value}" for key, value in sweeper.params.items()]
     parser = OverridesParser.create(sweeper.hydra_context.config_loader)
     space = read_space(parser.parse_overrides([*words, *arguments]))
@@ -308,7 +308,10 @@ def from_hydra(sweeper: "OptunaSearch", arguments: Sequence[str]) -> None:
     try:
         search.run(launch)
         if leads():
-            tell(search, began_with)
+            # Typed without it, an experiment that chose this sweeper would search once more.
+            typed = sweeper.config.hydra.overrides.hydra
+            own = any(word.startswith("hydra/sweeper=") for word in typed)
+            tell(search, began_with, experiments=own)
     finally:
         search.close()
 
@@ -320,8 +323,8 @@ def _outcome(result: Any) -> Outcome:
         return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def tell(search: Search, began_with: int) -> None:
-    """Print what was found."""
+def tell(search: Search, began_with: int, *, experiments: bool) -> None:
+    """Print what was found, and the words to type, with or without the `experiments` among them."""
     from rich.markup import escape
 
     from robustbench_local.display import output
@@ -348,7 +351,9 @@ def tell(search: Search, began_with: int) -> None:
     say(f"\nsearch: {len(finished)} trials{every}{before}{lost}", "bold")
     if measure == PLAIN:
         say("note: by plain validation accuracy, since these defenses measure no robust one")
-    own = [word for word in search.space.fixed if not word.lstrip("+").startswith("experiment=")]
+    own = search.space.fixed
+    if not experiments:
+        own = [word for word in own if not word.lstrip("+").startswith("experiment=")]
     chosen = [f"{key}={value}" for key, value in best.params.items()]
     say(f"best {measure.replace('_', ' ')}: {best.value:.2%} in trial {best.number + 1}; type")
     say("  " + " ".join([*own, *chosen]))

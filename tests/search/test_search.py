@@ -11,7 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from robustbench_local.errors import UserError
-from robustbench_local.search import Search, read_space, score
+from robustbench_local.search import Search, read_space, score, tell
 
 pytest.importorskip("optuna")
 
@@ -182,6 +182,14 @@ def test_a_space_that_cannot_be_searched(words):
 def test_settings_of_the_search(tmp_path, changes):
     with pytest.raises(UserError, match=r"hydra\.sweeper\."):
         search(tmp_path, *CURVE, **changes)
+
+
+def test_an_experiment_that_did_not_choose_the_sweeper_is_typed_again(tmp_path, capsys):
+    one = search(tmp_path, "+experiment=smoke", *GRID)
+    one.run(launching(accuracy, []))
+    for experiments, typed in ((True, "  +experiment=smoke fixed=3 a=3"), (False, "  fixed=3 a=3")):
+        tell(one, 0, experiments=experiments)
+        assert capsys.readouterr().out.splitlines()[-1].startswith(typed)
 
 
 @pytest.mark.slow
