@@ -87,6 +87,31 @@ def test_the_weights_of_two_processes_are_those_of_one(tmp_path):
     assert len(trainings(tmp_path / "two")) == 10
 
 
+@pytest.mark.slow
+def test_without_torchrun_the_first_process_waits_for_who_comes_late():
+    program = (
+        "import time; from robustbench_local import processes as p\n"
+        "time.sleep(2 * p.number()); print(p.agree(lambda: 'decided by ' + str(p.number())))"
+    )
+    environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, **environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [job.communicate(timeout=60)[0] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert said == ["decided by 0\n"] * 2
+    assert [job.returncode for job in jobs] == [0, 0]
+
+
 def torchrun(folder, *words):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                f"--master_port={free_port()}", "-m", "robustbench_local", *words]  # fmt: skip
