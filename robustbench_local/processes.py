@@ -6,6 +6,7 @@ values and not through collective operations, so that they may wait as long as i
 one does, such as files, progress and everything after the training, process 0 does.
 """
 
+import atexit
 import io
 import os
 import pickle
@@ -31,6 +32,10 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """How long one process waits in a step for the others; what else they wait for has no limit."""
+
+
+LAST_WORDS = 60.0
+"""Seconds that process 0, where it keeps the store, waits at its end for the others to read it."""
 
 
 def number() -> int:
@@ -243,7 +248,7 @@ def _connect() -> Any:
     import torch.distributed as dist
 
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return dist.TCPStore(  # type: ignore[attr-defined]
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ.get("MASTER_ADDR", "localhost"),
         int(os.environ.get("MASTER_PORT", "29500")),
         count(),
@@ -251,6 +256,21 @@ def _connect() -> Any:
         timeout=TIMEOUT,
         wait_for_workers=False,
     )
+    if not kept:
+        atexit.register(_leave, store)
+    return store
+
+
+def _leave(store: Any) -> None:
+    """Say so; whoever keeps the store leaves last, or the others would ask a store that is gone."""
+    deadline = time.monotonic() + LAST_WORDS
+    try:
+        left = store.add("left", 1)
+        while leads() and left < count() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            left = store.add("left", 0)
+    except Exception:  # process 0 was killed
+        return
 
 
 _made: dict[str, int] = {}

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import SoftFileLease, Timeout
+from filelock import SoftFileLease
 
+from robustbench_local.display import output
 from robustbench_local.errors import UserError
 from robustbench_local.identity import content_id
+from robustbench_local.leases import Watch, holder, lease_at, take
 from robustbench_local.processes import agree, leads
 from robustbench_local.randomness import derive_seed
 
@@ -56,7 +58,10 @@ class Space:
 
 
 def read_space(overrides: "Sequence[Override]") -> Space:
-    """The space that words of a command line describe. Raises `UserError` for an empty one."""
+    """The space that words of a command line describe.
+
+    Raises `UserError` for an empty one, and for one of settings that trials are measured with.
+    """
     from hydra.core.override_parser.types import IntervalSweep, RangeSweep
     from optuna.distributions import (
         CategoricalDistribution,
@@ -101,6 +106,13 @@ def read_space(overrides: "Sequence[Override]") -> Space:
             "nothing to search for; expected settings with several values: type for example "
             "train.learning_rate='tag(log, interval(1e-4, 1e-1))'"
         )
+    for key, values in free.items():
+        if key.startswith("train.threat.") or ".validation." in key:
+            first = values.choices[0] if hasattr(values, "choices") else values.low
+            raise UserError(
+                f"{key} is what trials are measured with, so the weakest would win; expected one "
+                f"value for all: type {key}={first}"
+            )
     return Space(fixed=list(fixed.values()), free=free)
 
 
@@ -143,16 +155,8 @@ class Search:
         if self.storage is None:
             return optuna.create_study(direction="maximize")
         self.storage.mkdir(parents=True, exist_ok=True)
-        self.lease = SoftFileLease(self.storage / f"{name}.lease", lease_duration=120)
-        try:
-            self.lease.acquire(timeout=0 if self.lease.owner is None else 1)
-        except Timeout:
-            holder = self.lease.owner
-            who = f"process {holder.pid} on {holder.hostname}" if holder else "another process"
-            raise UserError(
-                f"{who} is at the same search; expected one at a time: wait for it, or type "
-                f"hydra.sweeper.seed={self.seed + 1} for another one"
-            ) from None
+        self.lease = lease_at(self.storage / f"{name}.lease")
+        take(self.lease, self._refuse(Watch(self.lease)))
         backend = JournalFileBackend(str(self.storage / f"{name}.log"))
         study = optuna.create_study(
             storage=JournalStorage(backend),
@@ -165,6 +169,23 @@ class Search:
             if self.grid is None:
                 study.enqueue_trial(trial.params)
         return study
+
+    def _refuse(self, watch: Watch) -> Callable[[], None]:
+        """Raises where the holder lives; one of another machine may take a while to show it."""
+        told = set[bool]()
+
+        def wait() -> None:
+            if watch.lives():
+                assert self.lease is not None
+                raise UserError(
+                    f"{holder(self.lease)} is at the same search; expected one at a time: wait for "
+                    f"it, or type hydra.sweeper.seed={self.seed + 1} for another one"
+                )
+            if not told:
+                output().print("the same search has a holder; looking whether it lives")
+            told.add(True)
+
+        return wait
 
     @property
     def finished(self) -> "list[FrozenTrial]":
@@ -265,7 +286,7 @@ def from_hydra(sweeper: "OptunaSearch", arguments: Sequence[str]) -> None:
             "a search needs Optuna, which is not installed: type "
             "pip install 'robustbench-local[search]'"
         )
-    assert sweeper.hydra_context is not None  # set up before
+    assert sweeper.hydra_context is not None and sweeper.config is not None  # set up before
     words = [f"{key}={value}" for key, value in sweeper.params.items()]
     parser = OverridesParser.create(sweeper.hydra_context.config_loader)
     space = read_space(parser.parse_overrides([*words, *arguments]))
@@ -287,7 +308,10 @@ def from_hydra(sweeper: "OptunaSearch", arguments: Sequence[str]) -> None:
     try:
         search.run(launch)
         if leads():
-            tell(search, began_with)
+            # Typed without it, an experiment that chose this sweeper would search once more.
+            typed = sweeper.config.hydra.overrides.hydra
+            own = any(word.startswith("hydra/sweeper=") for word in typed)
+            tell(search, began_with, experiments=own)
     finally:
         search.close()
 
@@ -299,8 +323,8 @@ def _outcome(result: Any) -> Outcome:
         return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def tell(search: Search, began_with: int) -> None:
-    """Print what was found."""
+def tell(search: Search, began_with: int, *, experiments: bool) -> None:
+    """Print what was found, and the words to type, with or without the `experiments` among them."""
     from rich.markup import escape
 
     from robustbench_local.display import output
@@ -327,7 +351,9 @@ def tell(search: Search, began_with: int) -> None:
     say(f"\nsearch: {len(finished)} trials{every}{before}{lost}", "bold")
     if measure == PLAIN:
         say("note: by plain validation accuracy, since these defenses measure no robust one")
-    own = [word for word in search.space.fixed if not word.lstrip("+").startswith("experiment=")]
+    own = search.space.fixed
+    if not experiments:
+        own = [word for word in own if not word.lstrip("+").startswith("experiment=")]
     chosen = [f"{key}={value}" for key, value in best.params.items()]
     say(f"best {measure.replace('_', ' ')}: {best.value:.2%} in trial {best.number + 1}; type")
     say("  " + " ".join([*own, *chosen]))

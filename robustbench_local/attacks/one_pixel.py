@@ -83,7 +83,7 @@ class OnePixel(Attack):
             )
 
     def report(self, threat: ThreatModel) -> Mapping[str, Any]:
-        """`reduced`, where a random victim was searched for `random_generations`."""
+        """`reduced`, where a random victim was searched for fewer generations than others are."""
         return dict(self.notes)
 
     def run(self, model: Model, x: Images, y: Labels, threat: ThreatModel) -> Images:
@@ -99,6 +99,7 @@ class OnePixel(Attack):
         generations = self.generations
         if not settled and self.random_generations is not None:
             generations = self.random_generations
+        if generations < self.generations:
             self.notes["reduced"] = (
                 f"{generations} generations instead of {self.generations}, since the victim is "
                 "random"

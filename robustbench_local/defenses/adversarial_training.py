@@ -26,6 +26,7 @@ class AdversarialRecipe(Recipe):
     """
 
     adversarial: ClassVar[bool] = True
+    draws_by_image: ClassVar[bool] = True
     key: ClassVar[str]
     """Where its settings are found in the configuration, for messages."""
 

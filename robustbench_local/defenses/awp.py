@@ -65,6 +65,11 @@ class WeightPerturbed(Recipe):
         return self.recipe.adversarial
 
     @property
+    def draws_by_image(self) -> bool:  # type: ignore[override]
+        """See `Recipe.draws_by_image`."""
+        return self.recipe.draws_by_image
+
+    @property
     def replays(self) -> int:
         """See `Recipe.replays`."""
         return self.recipe.replays

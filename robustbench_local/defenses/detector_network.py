@@ -147,6 +147,7 @@ class TellApart(Recipe):
     """
 
     adversarial: ClassVar[bool] = True
+    draws_by_image: ClassVar[bool] = True
 
     attack: Attack
     threat: ThreatModel

@@ -31,6 +31,10 @@ class Recipe(ABC):
 
     adversarial: ClassVar[bool]
 
+    draws_by_image: ClassVar[bool] = False
+    """Whether every draw of the loss belongs to the pixels of an image and not to its place in the
+    batch, so that processes that train together need no seeds of their own."""
+
     def prepare(self, workshop: "Workshop") -> Self:
         """Get what the training needs beside the data, such as a teacher. The default: nothing."""
         return self

@@ -160,8 +160,8 @@ def _one_epoch(
     """
     group = processes.current()
     drawing = seed
-    if group is not None and not group.leads and not recipe.adversarial:
-        # Attacks draw by the image; what draws by its place in the batch would repeat itself.
+    if group is not None and not group.leads and not recipe.draws_by_image:
+        # What draws by the place in the batch would repeat itself.
         drawing = derive_seed(seed, "process", group.rank)
     model, optimizer, average = training.model, training.optimizer, training.average
     device = data.train.labels.device

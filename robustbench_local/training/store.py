@@ -12,29 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import SoftFileLease, Timeout
+from filelock import SoftFileLease
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robustbench_local.files import atomic_path, remove_leftovers, set_aside
 from robustbench_local.identity import file_sha256
+from robustbench_local.leases import holder, lease_at, take
 from robustbench_local.training.course import Course, Training
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _FORMAT = 1
-
-LEASE = 120.0
-"""Seconds without a sign of life after which a training on another machine counts as dead.
-
-Network file systems show what others did to a file up to a minute late.
-"""
-
-HEARTBEAT = 15.0
-"""Seconds between two signs of life."""
-
-_POLL = 0.25
 
 
 class LeaseLost(Exception):
@@ -113,20 +103,23 @@ class Shelf:
     def lock(self, console: "Console | None") -> Iterator["Hold"]:
         """Keep other processes from training the same weights; wait where one already does.
 
-        Not a lock of the operating system, which other machines on the same file system may not
-        see, but a lease: a file that its holder touches every `HEARTBEAT` seconds, in a thread. A
-        holder that died is replaced, at once where its machine is this one, else when its file has
-        not been touched for `LEASE` seconds on the clock of whoever waits.
+        See `leases`: a holder that died is replaced.
         """
         folder = self.state.path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        lease = SoftFileLease(
-            folder / f"{self.key}.lease",
-            lease_duration=LEASE,
-            heartbeat_interval=HEARTBEAT,
-            poll_interval=_POLL,
-        )
-        _wait_for(lease, console)
+        lease = lease_at(folder / f"{self.key}.lease")
+        told = False
+
+        def wait() -> None:
+            nonlocal told
+            if not told and console is not None:
+                console.print(
+                    f"{holder(lease)} trains the same weights; waiting for it to end",
+                    soft_wrap=True, highlight=False, markup=False,
+                )  # fmt: skip
+            told = True
+
+        take(lease, wait)
         try:
             yield Hold(lease)
         finally:
@@ -169,45 +162,6 @@ class Hold:
                 break
             time.sleep(0.1)  # a network file system may fail for a moment
         raise LeaseLost
-
-
-def _wait_for(lease: SoftFileLease, console: "Console | None") -> None:
-    told, empty = False, (0, 0.0)
-    while True:
-        try:
-            lease.acquire(timeout=1.0 if told else 0)
-        except Timeout:
-            if not told and console is not None:
-                holder = lease.owner
-                who = f", {holder.pid} on {holder.hostname}," if holder else ""
-                console.print(
-                    f"another process{who} trains the same weights; waiting for it to end",
-                    soft_wrap=True, highlight=False, markup=False,
-                )  # fmt: skip
-            told = True
-            empty = _give_up_empty(Path(lease.lock_file), empty)
-        else:
-            return
-
-
-def _give_up_empty(path: Path, seen: tuple[int, float]) -> tuple[int, float]:
-    """Spoil a lease that says nothing about its holder, after as long as any other would last.
-
-    Its process died between making the file and writing to it. The library leaves such a file
-    alone, which to older versions of it means a holder, and replaces one that is spoilt.
-    """
-    try:
-        with path.open("r+b", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            if status.st_size:
-                return 0, 0.0
-            if status.st_ino != seen[0]:
-                return status.st_ino, time.monotonic()
-            if time.monotonic() - seen[1] >= LEASE:
-                file.write(b"abandoned\n")
-    except OSError:
-        return 0, 0.0
-    return seen
 
 
 @dataclass(frozen=True)

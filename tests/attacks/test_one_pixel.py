@@ -416,6 +416,17 @@ def test_a_random_victim_is_searched_for_its_own_number_of_generations(randomize
         assert attack.report(threat(1)) == {}
 
 
+@pytest.mark.parametrize("generations", [9, 12])
+def test_as_many_generations_or_more_are_no_reduction(generations: int) -> None:
+    model, x = linear((1, 8, 8), 2), images((1, 8, 8), 2)
+    oracle = Oracle(NoisyLogits(model, 1e-6), threat(1), 2, randomized=True)
+    oracle.begin(len(x))
+    attack = OnePixel(population=50, generations=9, random_generations=generations)
+    attack(oracle, x, predict(model, x), threat(1))
+    assert oracle.forward_passes == len(x) * 50 * (generations + 1)
+    assert attack.report(threat(1)) == {}
+
+
 def test_paint_changes_the_pixels_and_nothing_else() -> None:
     x = images((3, 4, 5), 3)
     rows = torch.tensor([2, 0])

@@ -194,6 +194,13 @@ def test_force_makes_every_shard_again(evaluate, one, tmp_path):
     assert (text.replace('"force": true', '"force": false'), arrays) == one[record["run_id"]]
 
 
+def test_force_makes_a_shard_again_that_is_recorded(evaluate, nothing_runs):
+    evaluate(*PGD, shard="1/2")
+    nothing_runs()
+    with pytest.raises(AssertionError, match="something ran"):
+        evaluate(*PGD, shard="1/2", force=True)
+
+
 @pytest.mark.parametrize("suffix", [".json", ".npz"])
 def test_a_torn_part_is_made_again(evaluate, one, tmp_path, suffix):
     evaluate(*PGD, shard="1/2")

@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from robustbench_local.errors import UserError
-from robustbench_local.search import Search, read_space, score
+from robustbench_local.search import Search, read_space, score, tell
 
 pytest.importorskip("optuna")
 
@@ -106,6 +108,41 @@ def test_one_search_at_a_time(tmp_path):
     search(tmp_path, *CURVE).close()
 
 
+@pytest.mark.parametrize(
+    ("content", "alive"),
+    [
+        ("filelock/2\npid=1\nhost=another-machine\nmode=lease\ntoken=ab\nduration=0.8\n", False),
+        ("filelock/2\npid=1\nhost=another-machine\nmode=lease\ntoken=ab\nduration=0.8\n", True),
+        ("", False),
+    ],
+    ids=["of a machine that is off", "of one that is on", "empty"],
+)
+def test_a_lease_that_nobody_renews_is_taken_over(tmp_path, monkeypatch, content, alive):
+    monkeypatch.setattr("robustbench_local.leases.LEASE", 0.8)
+    monkeypatch.setattr("robustbench_local.leases.HEARTBEAT", 0.2)
+    search(tmp_path, *CURVE).close()
+    (log,) = tmp_path.glob("*.log")
+    lease = log.with_suffix(".lease")
+    lease.write_text(content)
+    over = threading.Event()
+
+    def live():
+        while alive and not over.wait(0.1):
+            os.utime(lease)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        if alive:
+            with pytest.raises(UserError, match="process 1 on another-machine is at the same"):
+                search(tmp_path, *CURVE)
+        else:
+            search(tmp_path, *CURVE).close()
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_what_is_measured_otherwise_does_not_compete(tmp_path):
     one = search(tmp_path, "a=1,2")
     one.run(
@@ -126,6 +163,15 @@ def test_only_validation_images_count():
     assert isinstance(score([record]), str) and isinstance(score(None), str)
 
 
+@pytest.mark.parametrize(
+    "key", ["train.threat.epsilon", "defense.recipe.trades.validation.steps", "train.threat.norm"]
+)
+def test_what_measures_the_trials_is_no_choice(key):
+    with pytest.raises(UserError, match=rf"{key} .*measured.*type {key}=0.1$"):
+        space(f"{key}=0.1,0.2", "a=1,2")
+    assert f"{key}=0.1" in space(f"{key}=0.1", "a=1,2").fixed
+
+
 @pytest.mark.parametrize("words", [("a=1",), ("a=interval(2,1)",), ("a=tag(log,interval(0,1))",)])
 def test_a_space_that_cannot_be_searched(words):
     with pytest.raises(UserError, match="type "):
@@ -136,6 +182,14 @@ def test_a_space_that_cannot_be_searched(words):
 def test_settings_of_the_search(tmp_path, changes):
     with pytest.raises(UserError, match=r"hydra\.sweeper\."):
         search(tmp_path, *CURVE, **changes)
+
+
+def test_an_experiment_that_did_not_choose_the_sweeper_is_typed_again(tmp_path, capsys):
+    one = search(tmp_path, "+experiment=smoke", *GRID)
+    one.run(launching(accuracy, []))
+    for experiments, typed in ((True, "  +experiment=smoke fixed=3 a=3"), (False, "  fixed=3 a=3")):
+        tell(one, 0, experiments=experiments)
+        assert capsys.readouterr().out.splitlines()[-1].startswith(typed)
 
 
 @pytest.mark.slow

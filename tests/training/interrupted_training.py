@@ -11,8 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from training_data import CPU, make_data, small_network
 
+from robustbench_local import leases
 from robustbench_local.defenses import Standard
-from robustbench_local.training import Schedule, Trained, fit, store
+from robustbench_local.training import Schedule, Trained, fit
 
 SCHEDULE = Schedule(epochs=4, batch_size=16, learning_rate=0.01, average_decay=0.9,
                     augmentation="crop_flip")  # fmt: skip
@@ -44,6 +45,6 @@ def run(cache: Path, console: Console | None = None) -> Trained:
 
 def main() -> None:
     if lease := os.environ.get("LEASE"):
-        store.LEASE, store.HEARTBEAT = float(lease), float(lease) / 4
+        leases.LEASE, leases.HEARTBEAT = float(lease), float(lease) / 4
     trained = run(Path(sys.argv[1]), Console(file=sys.stderr))
     print(json.dumps({"cached": trained.cached, "sha256": trained.sha256}))

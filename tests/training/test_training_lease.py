@@ -12,8 +12,9 @@ from rich.console import Console
 from test_training_resume import start, wait_for
 from training_data import CPU, make_data, small_network
 
+from robustbench_local import leases
 from robustbench_local.defenses import Standard
-from robustbench_local.training import Schedule, fit, store, weights_key
+from robustbench_local.training import Schedule, fit, weights_key
 from robustbench_local.training.store import LeaseLost, Shelf, trainings
 
 BRIEF = Schedule(epochs=1, batch_size=32, learning_rate=0.01)
@@ -22,8 +23,8 @@ LEASE = 0.8
 
 @pytest.fixture(autouse=True)
 def short_lease(monkeypatch):
-    monkeypatch.setattr(store, "LEASE", LEASE)
-    monkeypatch.setattr(store, "HEARTBEAT", LEASE / 4)
+    monkeypatch.setattr(leases, "LEASE", LEASE)
+    monkeypatch.setattr(leases, "HEARTBEAT", LEASE / 4)
 
 
 def lease_file(cache):
@@ -75,7 +76,7 @@ def test_a_lock_of_an_older_version_is_in_nobodys_way(tmp_path):
 
 
 def test_the_lease_of_a_dead_process_of_this_machine_is_taken_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "LEASE", 60.0)
+    monkeypatch.setattr(leases, "LEASE", 60.0)
     path = lease_file(tmp_path)
     shelf = Shelf(tmp_path, path.stem)
     with shelf.lock(None):
@@ -104,7 +105,7 @@ def test_a_lease_that_is_renewed_is_waited_for(tmp_path, capsys):
     assert over.is_set()
     thread.join()
     said = capsys.readouterr().err
-    assert said.count("another process") == 1 and "17 on another-machine" in said
+    assert said.count("trains the same weights") == 1 and "process 17 on another-machine" in said
 
 
 def test_a_holder_notices_that_it_was_replaced(tmp_path):

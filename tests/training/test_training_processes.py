@@ -49,7 +49,18 @@ def test_the_weights_of_two_processes_are_those_of_one(tmp_path):
     ]
     first, second = (json.loads(job.communicate(timeout=200)[0]) for job in jobs)
     assert first.pop("alone") == 1 and second.pop("alone") is None
+    drawn = first.pop("drawn"), second.pop("drawn")
     assert first == second
+    # Each draws its own, the first one what it would draw alone.
+    for drawing, one, two in zip(
+        (trained_together.Drawing(), trained_together.Perturbing()), *drawn, strict=True
+    ):
+        assert all(
+            a != b for step in zip(one, two, strict=True) for a, b in zip(*step, strict=True)
+        )
+        trained_together.run(tmp_path / "one", drawing)
+        assert one == drawing.drawn
+    assert first["lost"][:2] == [False, 3]
     assert set(first["processes"]) == {2}
     assert first["cached"] == [False] * 6 + [True]
     unequal, diverged = first["errors"]
@@ -73,7 +84,32 @@ def test_the_weights_of_two_processes_are_those_of_one(tmp_path):
         for a, b in zip(*(about["history"] for about in both), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
             assert a["train_accuracy"] == pytest.approx(b["train_accuracy"], abs=0.02)
-    assert len(trainings(tmp_path / "two")) == 7
+    assert len(trainings(tmp_path / "two")) == 10
+
+
+@pytest.mark.slow
+def test_without_torchrun_the_first_process_waits_for_who_comes_late():
+    program = (
+        "import time; from robustbench_local import processes as p\n"
+        "time.sleep(2 * p.number()); print(p.agree(lambda: 'decided by ' + str(p.number())))"
+    )
+    environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, **environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [job.communicate(timeout=60)[0] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert said == ["decided by 0\n"] * 2
+    assert [job.returncode for job in jobs] == [0, 0]
 
 
 def torchrun(folder, *words):

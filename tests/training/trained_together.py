@@ -2,9 +2,10 @@
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 from training_data import CPU, make_data
 
@@ -23,6 +24,7 @@ from robustbench_local.errors import UserError
 from robustbench_local.models import Normalized
 from robustbench_local.threat import ThreatModel
 from robustbench_local.training import Schedule, Trained, fit
+from robustbench_local.training.store import Hold, LeaseLost
 
 # A gradient of nearly 0 weighs as much as any other in AdamW: roundings would show.
 SCHEDULE = Schedule(epochs=2, batch_size=24, learning_rate=0.02, optimizer="sgd",
@@ -43,6 +45,34 @@ class Diverging(Standard):
     def loss(self, model, step):
         loss, logits = super().loss(model, step)
         return loss * (float("nan") if processes.number() == 1 else 1.0), logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing(Standard):
+    """Keeps what its steps would draw, from the seed they are given and from torch's generator."""
+
+    drawn: list[list[float]] = field(default_factory=list, compare=False)
+
+    def loss(self, model, step):
+        self.drawn.append([float(step.seed), float(torch.rand(()))])
+        return super().loss(model, step)
+
+
+class Perturbing(Drawing):
+    """Trains on images that are no longer as they were, such as noisy ones."""
+
+    adversarial = True
+
+
+class Replaced:
+    """The holder of a lease that finds at the end of the second epoch that it was replaced."""
+
+    asked = 0
+
+    def check(self, hold) -> None:
+        self.asked += 1
+        if self.asked == 2:
+            raise LeaseLost
 
 
 def recipes() -> dict[str, Recipe]:
@@ -71,6 +101,13 @@ def main() -> None:
     with processes.together(CPU):
         trained = {name: run(cache, recipe) for name, recipe in recipes().items()}
         again = run(cache, recipes()["plain"])
+        drawing = Drawing(), Perturbing()
+        for recipe in drawing:
+            run(cache, recipe)
+        replaced, check = Replaced(), Hold.check
+        Hold.check = lambda hold: replaced.check(hold)
+        lost = run(cache, recipes()["plain"], epochs=3)
+        Hold.check = check
         errors = []
         for recipe, changes in ((Standard(), {"batch_size": 25}), (Diverging(), {})):
             try:
@@ -88,6 +125,8 @@ def main() -> None:
                 "processes": [one.processes for one in trained.values()],
                 "cached": [one.cached for one in trained.values()] + [again.cached],
                 "errors": errors,
+                "drawn": [recipe.drawn for recipe in drawing],
+                "lost": [lost.cached, len(lost.history), lost.sha256],
                 "alone": alone,
             }
         )
