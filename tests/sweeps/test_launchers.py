@@ -85,7 +85,7 @@ def test_processes_side_by_side_leave_the_same_records(cli):
     epochs = Path("epochs.txt").read_text().split()
     assert len(epochs) == 2 * 2
     assert len(set(epochs)) == 2 and str(os.getpid()) not in epochs  # each by another process
-    assert "6 of 6  " in both[1] and "another process trains" not in both[2]
+    assert "6 of 6  " in both[1] and "trains the same weights" not in both[2]
     (environment,) = {json.dumps(record["environment"]) for record, _ in records("both").values()}
     assert json.loads(environment)["threads"] == 1
     # Every process says what it has to say of a run through the journal alone.
