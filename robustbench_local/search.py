@@ -259,6 +259,21 @@ class Search:
             if leads():
                 for (number, _), outcome in zip(batch, outcomes, strict=True):
                     self.tell(number, outcome)
+                    say_outcome(self, number)
+
+
+def say_outcome(search: Search, number: int) -> None:
+    """A line for a trial, with what it is worth and what the best one so far is worth."""
+    from robustbench_local.display import output
+
+    trial, best = search.study.trials[number], search.best
+    told = f"trial {number + 1} of {search.goal}: "
+    if trial.value is None or best is None:
+        told += f"failed ({trial.user_attrs.get('failed', 'interrupted')})"
+    else:
+        measure = str(search.study.user_attrs["measure"]).replace("_", " ")
+        told += f"{measure} {trial.value:.2%}, the best so far {best.value:.2%}"
+    output().print(told, soft_wrap=True, highlight=False, markup=False)
 
 
 def score(records: object) -> Outcome:

@@ -18,7 +18,7 @@ from robustbench_local.results.lines import Intervals, worst_interval
 from robustbench_local.results.report import print_title, radius_in_words
 from robustbench_local.results.statistics import Interval, Paired, holm, paired, seed_summary
 from robustbench_local.results.store import Store
-from robustbench_local.results.summary import summarise
+from robustbench_local.results.summary import summarise, warnings_of
 
 
 def compare(store: Store, words: Sequence[str], console: Console, *, anyway: bool = False) -> None:
@@ -250,6 +250,8 @@ def _flags(sides: Sequence[Side], names: Sequence[str]) -> list[str]:
     notes = []
     for one, name in zip(sides, names, strict=True):
         flags = starred(flag for record in one.all_records for flag in record["flags"])
+        trainings = {name for record in one.all_records for name in warnings_of(record)}
+        flags = " ".join(sorted({*flags.split(), *trainings}))
         if flags:
             notes.append(f"flags of {name}: {flags}" + ("; a star: severe" if "*" in flags else ""))
     return notes

@@ -166,8 +166,8 @@ def _show(table: pd.DataFrame, console: Console, path: Path, *, rejects: bool = 
     if table.duplicated([*VICTIM, *MEASURED_ON, *heads, "awareness"]).any():
         reading += "several figures: runs that differ in what no name says, in order of the sweep; "
     console.print(
-        f"{reading}n = {n}, 95% limits at most {100 * farthest:.1f} points away; * a severe flag: "
-        f"see {escape(str(path))}",
+        f"{reading}n = {n}, 95% limits at most {100 * farthest:.1f} points away; "
+        f"{'* a severe flag: ' if (table['severe'] > 0).any() else ''}see {escape(str(path))}",
         soft_wrap=True,
     )
     reduced = table.dropna(subset="reduced")[["attack", "reduced"]].drop_duplicates()

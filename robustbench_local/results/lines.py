@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustbench_local.results.doubts import RANKING_ATTACKS, is_withheld, standing, starred
+from robustbench_local.results.doubts import (
+    RANKING_ATTACKS,
+    Doubt,
+    is_withheld,
+    standing,
+    starred,
+)
 from robustbench_local.results.statistics import Interval, wilson
 from robustbench_local.results.summary import ROW, Summary
 from robustbench_local.results.worst_case import per_image
@@ -116,7 +122,7 @@ def line_of(store: "Store", row: list[Summary], origin: str, intervals: Interval
             _over_seeds(run.attack_seconds for run in met) for met in met_by.values()
         ),
         "parameters": first.parameters,
-        "flags": starred(doubt.flag for doubt in doubts),
+        "flags": _flags(doubts, used),
         "comparability": first.comparability,
         "run_ids": " ".join(sorted({run.run_id for run in behind})),
     }
@@ -141,6 +147,12 @@ def worst_interval(
         if _width(run.robust) > _width(intervals.around(run.robust.value, run.n)) + 1e-9
     ]
     return max([found, *(_moved(each, value) for each in shared)], key=_width)
+
+
+def _flags(doubts: Sequence[Doubt], used: Sequence[Summary]) -> str:
+    """The names of all doubts, those about the trainings among them."""
+    trainings = {name for run in used for name in run.warnings}
+    return " ".join(sorted({*starred(doubt.flag for doubt in doubts).split(), *trainings}))
 
 
 def _mean(accuracies: Sequence[Interval]) -> Interval:

@@ -226,6 +226,18 @@ def common_notes(record: Record) -> list[str]:
     return [*_data_notes(record), *subset, *_provisional(record)]
 
 
+def particular_notes(record: Record) -> dict[str, str]:
+    """What went wrong in a run or its trainings: sentences by what they are about.
+
+    Of flags the severe ones, other than what an attack brings with it that ignores the defense.
+    """
+    learned = [told for about in record.get("learned", {}).values() for told in about["warnings"]]
+    known = record["labels"]["awareness"]
+    severe = [flag for flag in record["flags"] if flag["severe"] and flag["name"] != known]
+    told = {sentence: sentence for sentence in (*record["weights"]["warnings"], *learned)}
+    return told | {flag["name"]: _told(flag) for flag in severe}
+
+
 def _provisional(record: Record) -> list[str]:
     """That the attack ranks no row of the leaderboard, and which one does if any can."""
     labels = record["labels"]

@@ -65,6 +65,7 @@ class Summary:
     averaged: int | None  # draws of a random victim, by the attack
     victim: tuple[str, ...]
     flags: tuple[Mapping[str, Any], ...]  # name and severe
+    warnings: tuple[str, ...]  # of the trainings, by name
     cleared: tuple[str, ...]  # the checks that were made and found nothing
     audit: Mapping[str, Any]  # its settings
     forward: float | None  # passes per attacked image
@@ -99,6 +100,7 @@ def summarise(record: Record, pool: dict[str, Any] | None = None) -> Summary:
         averaged=(record.get("eot") or {}).get("samples"),
         victim=shared(victim_of(record)),
         flags=shared(tuple({key: f[key] for key in ("name", "severe")} for f in record["flags"])),
+        warnings=shared(tuple(warnings_of(record))),
         cleared=shared(tuple(told["cleared"])),
         audit=shared(told["audit"]),
         forward=record.get("passes_per_attacked_image", {}).get("forward"),
@@ -113,6 +115,13 @@ def victim_of(record: Record) -> tuple[str, ...]:
     """The hashes of all weights: those of the network, and of what its defense learned itself."""
     learned = record.get("learned", {})
     return (record["weights"]["sha256"], *(learned[name]["sha256"] for name in sorted(learned)))
+
+
+def warnings_of(record: Record) -> list[str]:
+    """The names of what went wrong in its trainings, such as validation_at_chance."""
+    parts = (record["weights"], *record.get("learned", {}).values())
+    told = [sentence for part in parts for sentence in part.get("warnings", ())]
+    return sorted({sentence.partition(":")[0] for sentence in told})
 
 
 def for_leaderboard(record: Record, examples: PerExample | None) -> dict[str, Any]:

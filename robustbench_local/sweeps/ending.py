@@ -27,6 +27,11 @@ def finish(watch: Watch, results: str) -> None:
     records = [watch.records[name] for name in order if name in watch.records]
     if len(records) > 1:
         compare(records, results)
+    for job in watch.plan.jobs:
+        left = [name for name in job.run_ids if name not in watch.records]
+        if job.shard and left and not (job in watch.ended and watch.ended[job].error):
+            told = f"shard {job.shard} of run {' '.join(left)} is recorded, others are missing"
+            watch.console.print(told, soft_wrap=True, highlight=False)
     for store in dict.fromkeys(job.store for job in watch.plan.jobs if job.run_ids):
         if store.records.is_dir():
             path = escape(str(write_leaderboard(store)))

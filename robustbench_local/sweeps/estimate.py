@@ -31,6 +31,7 @@ class Estimate:
     seconds: dict[Job, float]
     rests_on: str
     known: bool
+    close: bool  # whether each job has earlier runs of its attack on its defense
 
     @property
     def total(self) -> float:
@@ -58,7 +59,8 @@ def estimate(jobs: Sequence[Job]) -> Estimate:
         if job.untrained and job.trainings and job.trainings[0] not in trained:
             trained.add(job.trainings[0])
             seconds[job] += _training(job, records)
-    return Estimate(seconds, _in_words(levels, len(jobs)), bool(closest))
+    close = len(levels) == len(jobs) and all(level <= 1 for level in levels)
+    return Estimate(seconds, _in_words(levels, len(jobs)), bool(closest), close)
 
 
 def _latest(store: Store) -> Iterator[Record]:

@@ -17,6 +17,7 @@ from robustbench_local.identity import content_id
 from robustbench_local.networks import describe_part, make_workshop
 from robustbench_local.request import Request
 from robustbench_local.results import Record, Store
+from robustbench_local.results.shards import Shards
 from robustbench_local.training import weights_key
 from robustbench_local.training.store import Shelf
 
@@ -39,6 +40,7 @@ class Job:
     labels: dict[str, str] = field(default_factory=dict)
     images: int = 0
     shard: str = ""
+    recorded: bool = False  # the shard, of a run that is not whole yet
 
     @property
     def results(self) -> list[tuple[str, str]]:
@@ -54,6 +56,7 @@ class Plan:
     to_launch: list[Job]
     records: dict[str, Record]  # that are there already, by run id
     total: int
+    parts: int = 0  # shards that are recorded, of runs that are not whole yet
     forced: bool = False
     networks: int = 0
     cached: int = 0
@@ -61,7 +64,7 @@ class Plan:
     @property
     def recorded(self) -> int:
         """How many runs need not be launched."""
-        return len(self.records)
+        return len(self.records) + self.parts
 
 
 def make_plan(batch: Sequence[Sequence[str]], compose: Callable[[list[str]], DictConfig]) -> Plan:
@@ -72,19 +75,21 @@ def make_plan(batch: Sequence[Sequence[str]], compose: Callable[[list[str]], Dic
     planner = _Planner(varying(batch))
     jobs = [planner.job(list(words), compose(list(words))) for words in batch]
     records, forced = planner.records, planner.forced
-    seen, to_launch = set[tuple[str, str]](), []
+    seen, parts, to_launch = set[tuple[str, str]](), set[tuple[str, str]](), []
     for job in jobs:
         left = {result for result in job.results if result[0] not in records}
-        if job.run_ids and left <= seen and len(jobs) > 1:
+        if job.run_ids and (left <= seen or job.recorded) and len(jobs) > 1:
+            parts |= left if job.recorded else set()
             continue  # recorded, or the same run as that of an earlier job
         seen |= left
         to_launch.append(job)
-    total = len(seen) + len(records) + sum(not job.run_ids for job in jobs)
+    total = len(seen) + len(records) + len(parts) + sum(not job.run_ids for job in jobs)
     networks = {job.trainings[0]: job.untrained for job in to_launch if job.trainings}
     return Plan(
         jobs=jobs,
         to_launch=distinct_trainings_first(to_launch),
         records=records,
+        parts=len(parts),
         total=total,
         forced=forced,
         networks=len(networks),
@@ -176,6 +181,10 @@ class _Planner:
         job.images = len(data.test)
         if request.shard is not None:
             job.shard, job.images = str(request.shard), len(data.test) // request.shard.of
+            shards = Shards(store, request.shard, request.attack.fold, again=bool(config.force))
+            for name in job.run_ids:  # folded now where the last one was killed before it could
+                shards.find(name)
+            job.recorded = shards.have(job.run_ids)
         job.trainings, job.untrained = trainings(request, data)
         self._look_up(job, forced=bool(config.force))
         return job

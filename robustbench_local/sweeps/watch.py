@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from robustbench_local.results import Record
-from robustbench_local.results.report import common_notes, radius_in_words
+from robustbench_local.results.report import common_notes, particular_notes, radius_in_words
 from robustbench_local.sweeps.estimate import Estimate
 from robustbench_local.sweeps.journal import Entry, Journal
 from robustbench_local.sweeps.plan import Job, Plan
@@ -139,6 +139,12 @@ class Watch:
             if note not in self.said:
                 self.said.add(note)
                 self.console.print(f"[yellow]note[/yellow] {escape(note)}", soft_wrap=True)
+        for record in new:  # of each kind the first: the table has a star for every run
+            for about, told in particular_notes(record).items():
+                if about not in self.said:
+                    self.said.add(about)
+                    note = escape(f"{job.name}: {told}")
+                    self.console.print(f"[yellow]note[/yellow] {note}", soft_wrap=True)
 
     def _print(self, name: str, told: str, style: str = "") -> None:
         if not self.silent:

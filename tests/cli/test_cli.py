@@ -210,6 +210,12 @@ def test_a_sweep_runs_nothing_that_is_recorded_and_compares_it_all(cli):
     assert not list(Path("cache/sweeps").iterdir())
 
 
+def test_a_sweep_says_what_went_wrong_in_a_training(cli):
+    words = ("-m", *QUICK, "attack=noise,fgsm", "train.learning_rate=1e-9")
+    out = cli(*words).out
+    assert out.count("validation_at_chance: ") == 1  # once, of both runs
+
+
 def test_runs_that_come_to_the_same_are_run_once(cli):
     done = cli(
         "-m", *QUICK, "attack=noise", "threat.epsilon=26/255,0.1", "awareness=oblivious,adaptive"

@@ -36,8 +36,9 @@ def test_shards_leave_one_record_whoever_carries_them(cli):
     assert "shard 1/3 recorded: 10 images; missing: 2/3, 3/3" in out
     assert out.count("partial, of these images alone: clean ") == 1
     assert "95% interval" not in out
+    assert "shard 1/3 of run" in cli("-m", *QUICK, "shard=1/3,4/3")
     out = cli("-m", *QUICK, "shard=1/3,2/3,3/3")
-    assert "1 of 3  shard=1/3: recorded, the run is not whole yet" in out
+    assert "3 runs, 1 of them recorded already" in out
     assert "2 of 3  shard=2/3: recorded, the run is not whole yet" in out
     assert "3 of 3  shard=3/3: clean " in out and "n 40" in out
     (path,) = Path("results/records").glob("*.json")

@@ -17,7 +17,7 @@ from robustbench_local.evaluation.audit.trials import Trials
 from robustbench_local.oracle import Oracle
 from robustbench_local.results.metrics import measure, measure_detection
 from robustbench_local.results.record import comparability
-from robustbench_local.results.store import Store
+from robustbench_local.results.store import RECORD_VERSION, Store
 from robustbench_local.threat import ThreatModel
 
 CLASSES = 3
@@ -276,7 +276,7 @@ def test_victims_that_reject_nothing_have_no_detection_and_rank_apart(digits: Da
 
 def test_examples_come_back_from_their_file(tmp_path) -> None:
     store, examples = Store(tmp_path), outcome(GREYS, LABELS, PAINT)
-    store.add({"run_id": "rejecting"}, examples)
+    store.add({"version": RECORD_VERSION, "run_id": "rejecting", "config": {}}, examples)
     read = store.examples("rejecting")
     for part in fields(PerExample):
         assert np.array_equal(getattr(read, part.name), getattr(examples, part.name)), part.name

@@ -40,6 +40,7 @@ def record(
     averaged=None,
     audit=None,
     learned=None,
+    warnings=(),
     test="the test images",
     query_budget=None,
     **labels,
@@ -57,7 +58,7 @@ def record(
         "run_id": run_id,
         "finished": finished,
         "comparability": labels.pop("comparability", "key"),
-        "weights": {"sha256": labels.pop("weights", "same")},
+        "weights": {"sha256": labels.pop("weights", "same"), "warnings": list(warnings)},
         "labels": {**names, **labels, "attack": attack},
         "seed": seed,
         "n": n,
@@ -95,6 +96,13 @@ def test_worst_case_is_per_example_then_averaged(store):
     assert line["clean_accuracy"] == 1.0
     assert line["run_ids"] == "a b"
     assert line["status"] == "provisional"
+
+
+def test_a_training_that_went_wrong_is_among_the_flags(store):
+    add(store, "a", [1, 0], warnings=["validation_at_chance: it has learnt nothing"],
+        flags=[("subset", False)])  # fmt: skip
+    (line,) = fold(store).to_dict("records")
+    assert line["flags"] == "subset validation_at_chance"
 
 
 def test_seeds_are_averaged_and_worst_cases_taken_within_a_seed(store):
