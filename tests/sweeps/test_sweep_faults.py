@@ -119,7 +119,7 @@ def test_workers_and_launchers_killed_at_random_moments(unbroken, tmp_path, requ
             assert "Traceback" not in output
         elif job.poll() is None:
             job.kill()
-            job.communicate()
+            job.communicate(timeout=300)  # its workers end, who hold what it prints to
             kills[whom] += 1
         else:
             job.communicate()
