@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from robustbench_local.results import Store
 from robustbench_local.sweeps import devices
@@ -144,9 +145,17 @@ def test_gpus_are_dealt_out_among_processes(tmp_path):
 
 
 def test_the_launching_process_takes_no_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "claim", None)
-    info = Info("here", os.getpid(), str(tmp_path), gpus=["0"], threads=1)
-    devices.settle(Journal(tmp_path), info, "auto")
+    claimed = []
+    monkeypatch.setattr(devices, "claim", lambda *_: claimed.append(1) or "0")
+    monkeypatch.setattr(torch, "set_num_threads", claimed.append)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what a worker sets ends with the test
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    journal = Journal(tmp_path)
+    for pid, expected in ((os.getpid(), []), (os.getpid() + 1, [1, 3])):  # here; in a worker
+        info = Info("here", pid, str(tmp_path), gpus=["0"], threads=3)
+        devices.settle(journal, info, "auto")
+        assert claimed == expected
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == ("0" if expected else None)
 
 
 def test_a_journal_says_who_lives(tmp_path):
