@@ -1,6 +1,7 @@
 """Victims whose answer is known, and one small network trained on real digits."""
 
 import copy
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -127,6 +128,17 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """The share of images whose largest logit is the label's, in [0, 1]."""
     with torch.no_grad():
         return float((model(x).argmax(1) == y).double().mean())
+
+
+def what_is_recorded(results: Path | str) -> dict[str, tuple[dict[str, object], bytes]]:
+    """What each record says apart from times, and the bytes of what befell each image."""
+    found = {}
+    for path in sorted(Path(results, "records").glob("*.json")):
+        record = json.loads(path.read_text())
+        for key in ("checksum", "finished", "seconds"):
+            record.pop(key)
+        found[path.stem] = record, path.with_suffix(".npz").read_bytes()
+    return found
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

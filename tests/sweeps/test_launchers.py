@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import what_is_recorded
 
 from robustbench_local.__main__ import main
 from robustbench_local.sweeps import sweep as sweeps
@@ -52,14 +53,7 @@ def cli(tmp_path, monkeypatch, capsys):
 
 
 def records(folder="results"):
-    """What each record says apart from times, and the bytes of what befell each image."""
-    found = {}
-    for path in sorted(Path(folder, "records").glob("*.json")):
-        record = json.loads(path.read_text())
-        for key in ("checksum", "finished", "seconds"):
-            record.pop(key)
-        found[path.stem] = record, path.with_suffix(".npz").read_bytes()
-    return found
+    return what_is_recorded(folder)
 
 
 @pytest.mark.slow

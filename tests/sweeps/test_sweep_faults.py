@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import what_is_recorded
 
 pytestmark = pytest.mark.slow
 
@@ -52,14 +53,7 @@ def finish(folder, *words):
 
 
 def numbers(folder):
-    """What each record says apart from times, and the bytes of what befell each image."""
-    found = {}
-    for path in sorted((folder / "results/records").glob("*.json")):
-        record = json.loads(path.read_text())
-        for key in ("checksum", "finished", "seconds"):
-            record.pop(key)
-        found[path.stem] = record, path.with_suffix(".npz").read_bytes()
-    return found
+    return what_is_recorded(folder / "results")
 
 
 def check_complete(folder, expected):
