@@ -31,7 +31,7 @@ def compare(store: Store, words: Sequence[str], console: Console, *, anyway: boo
     notes = [note for pair in combinations(sides, 2) for note in _comparable(*pair, anyway=anyway)]
     names = named(sides)
     results = [
-        (one, two, paired(sides[one].outcomes, sides[two].outcomes))
+        (one, two, _paired(sides[one], sides[two]))
         for one, two in combinations(range(len(sides)), 2)
     ]
     adjusted = holm([result.p_value for _, _, result in results])
@@ -45,6 +45,10 @@ def compare(store: Store, words: Sequence[str], console: Console, *, anyway: boo
         console.print(f"\n{escape(said)}", soft_wrap=True, highlight=False)
     for note in dict.fromkeys([*notes, *_flags(sides, names)]):
         console.print(f"[yellow]note[/yellow] {escape(note)}", soft_wrap=True, highlight=False)
+
+
+def _paired(one: Side, two: Side) -> Paired:
+    return paired(one.outcomes, two.outcomes, shared=[*one.shared, *two.shared])
 
 
 def _comparable(one: Side, two: Side, *, anyway: bool) -> list[str]:

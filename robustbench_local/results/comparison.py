@@ -14,7 +14,7 @@ from rich.table import Table
 from robustbench_local.display import output
 from robustbench_local.files import atomic_path
 from robustbench_local.identity import content_id
-from robustbench_local.results.leaderboard import starred, victim_of, worst_case
+from robustbench_local.results.leaderboard import mean_worst_case, starred, victim_of
 from robustbench_local.results.report import print_title, radius_in_words
 from robustbench_local.results.statistics import wilson
 from robustbench_local.results.store import Record, Store
@@ -58,7 +58,7 @@ def tabulate(store: Store, records: Sequence[Record]) -> pd.DataFrame:
 
     The worst case (attack `worst_case`, awareness `any`) is taken per example over all attacks on
     the victim under the threat model, knowing of the defense or not, and then averaged; see
-    `leaderboard.worst_case`. It has the flags of all. In order of the sweep.
+    `worst_case.worst_case`. It has the flags of all. In order of the sweep.
     """
     lines: list[dict[str, Any]] = []
     groups: dict[tuple[object, ...], list[Record]] = {}
@@ -116,7 +116,7 @@ def _doubts(records: Sequence[Record]) -> dict[str, object]:
 
 def _worst(store: Store, records: Sequence[Record]) -> dict[str, Any]:
     n = records[0]["n"]
-    value, low, high = wilson(worst_case(store, records) * n, n)
+    value, low, high = wilson(mean_worst_case(store, records) * n, n)
     return {
         **_line(records[0]),
         "attack": "worst_case",

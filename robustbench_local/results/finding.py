@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from robustbench_local.errors import UserError
 from robustbench_local.results.lines import latest_runs, strongest
 from robustbench_local.results.report import radius_in_words
+from robustbench_local.results.statistics import Source
 from robustbench_local.results.store import Record, Store
 from robustbench_local.results.summary import ROW, summarise
-from robustbench_local.results.worst_case import per_image
+from robustbench_local.results.worst_case import shared_alone, worst_case
 
 KEYS = (*ROW, "attack", "seed")
 """What a selection may name."""
@@ -30,6 +31,7 @@ class Side:
     word: str
     records: Mapping[int, Sequence[Record]]
     outcomes: NDArray[np.float64]  # (seeds, images), the worst case over the attacks
+    shared: Sequence[Source]  # what the images have in common beside that
     indices: NDArray[np.int64]
     labels: NDArray[np.int64]
 
@@ -216,8 +218,9 @@ def _side(store: Store, word: str, records: Mapping[int, Sequence[Record]]) -> S
             raise UserError(
                 f"{word} selects records on other test images; expected the same: type a run id"
             )
-    worst = [per_image(store, list(map(summarise, records[seed]))) for seed in sorted(records)]
-    return Side(word, records, np.array(worst, np.float64), indices, labels)
+    worst = [worst_case(store, list(map(summarise, records[seed]))) for seed in sorted(records)]
+    outcomes = np.array([seed.images for seed in worst], np.float64)
+    return Side(word, records, outcomes, shared_alone(worst), indices, labels)
 
 
 def differing(sides: Iterable[Side], key: str) -> list[Any]:

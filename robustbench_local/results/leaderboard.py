@@ -13,13 +13,13 @@ from robustbench_local.results.lines import ENDS, MEASURES, Intervals, Line, lin
 from robustbench_local.results.ranking import ranks
 from robustbench_local.results.store import Record, Store
 from robustbench_local.results.summary import ROW, Summary, summarise, victim_of
-from robustbench_local.results.worst_case import per_image
+from robustbench_local.results.worst_case import worst_case
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    "RANKING_ATTACKS", "ROW", "fold", "starred", "strongest", "victim_of", "worst_case",
+    "RANKING_ATTACKS", "ROW", "fold", "mean_worst_case", "starred", "strongest", "victim_of",
     "write_leaderboard",
 ]  # fmt: skip
 
@@ -69,9 +69,9 @@ def fold(store: Store) -> "pd.DataFrame":
     return table.sort_values(["dataset", "comparability"], kind="stable", ignore_index=True)
 
 
-def worst_case(store: Store, records: Sequence[Record]) -> float:
-    """The mean over the images of `worst_case.per_image`, of attacks on one victim."""
-    return float(per_image(store, [summarise(record) for record in records]).mean())
+def mean_worst_case(store: Store, records: Sequence[Record]) -> float:
+    """The mean over the images of `worst_case`, of attacks on one victim."""
+    return float(worst_case(store, [summarise(record) for record in records]).images.mean())
 
 
 def _lines(store: Store) -> Iterator[Line]:

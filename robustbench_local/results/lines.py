@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from robustbench_local.results.doubts import (
     RANKING_ATTACKS,
@@ -16,7 +15,7 @@ from robustbench_local.results.doubts import (
 )
 from robustbench_local.results.statistics import Interval, wilson
 from robustbench_local.results.summary import ROW, Summary
-from robustbench_local.results.worst_case import per_image
+from robustbench_local.results.worst_case import WorstCase, worst_case
 
 if TYPE_CHECKING:
     from robustbench_local.results.store import Store
@@ -30,11 +29,11 @@ ENDS = ("", "_low", "_high")
 
 @dataclass
 class Line:
-    """A line of the table, and for the ranks its worst case per seed and image."""
+    """A line of the table, and for the ranks its worst case per seed."""
 
     fields: dict[str, object]
     accuracies: dict[str, Interval]
-    outcomes: list[NDArray[Any]]
+    outcomes: list[WorstCase]
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -96,8 +95,8 @@ def line_of(store: "Store", row: list[Summary], origin: str, intervals: Interval
         attack: [cell[attack] for cell in cells.values() if attack in cell] for attack in attacks
     }
 
-    outcomes = [per_image(store, list(cell.values())) for cell in cells.values()]
-    worst = [float(outcome.mean()) for outcome in outcomes]
+    outcomes = [worst_case(store, list(cell.values())) for cell in cells.values()]
+    worst = [float(outcome.images.mean()) for outcome in outcomes]
     value = float(np.mean(worst) if complete else np.min(worst))
     first = used[0]
     accuracies = {

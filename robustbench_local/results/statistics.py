@@ -4,6 +4,7 @@ Outcomes are fractions in [0, 1], an array (seeds, images): whether a victim kee
 share of the judge's draws in which a random one does. All intervals are of 95%.
 """
 
+from collections.abc import Sequence
 from math import exp, log, sqrt
 from typing import Any, NamedTuple, TypeAlias
 
@@ -65,6 +66,31 @@ def accuracy(correct: NDArray[Any], draws: NDArray[Any]) -> Interval:
     return max(over_images, over_draws, key=lambda interval: interval.high - interval.low)
 
 
+class Source(NamedTuple):
+    """The variance of a mean, and the degrees of freedom with which it is known."""
+
+    squared: float
+    freedom: int
+
+
+NOTHING = Source(0.0, 0)
+
+
+def shared_by_images(draws: NDArray[Any]) -> Source:
+    """The variance that the mean over `draws`, bool (n, draws), has beyond that of its images.
+
+    Where all images of a batch share one draw they are right or wrong together, which no variance
+    over images shows. The accuracies of the draws show both; what independent images would vary by
+    is taken off. 0 where that leaves nothing, and of fewer than two draws.
+    """
+    images, count = draws.shape
+    if count < 2:
+        return NOTHING
+    share = draws.mean(axis=1)
+    alone = float((share * (1 - share)).sum()) / ((count - 1) * images**2)
+    return Source(max(0.0, _squared_error(draws.mean(axis=0)) - alone), count - 1)
+
+
 class SeedSummary(NamedTuple):
     """One number over training seeds; `sd` is None for one seed, which tells nothing of it."""
 
@@ -120,12 +146,17 @@ class Paired(NamedTuple):
 
 
 def paired(
-    first: ArrayLike, second: ArrayLike, *, resamples: int = 10_000, seed: int = 0
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    shared: Sequence[Source] = (),
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Paired:
     """Compare two victims on the same images in the same order; seeds are different trainings.
 
-    The interval is a percentile bootstrap over images, with two corrections without which it covers
-    too little:
+    The interval is a percentile bootstrap over images, with three corrections without which it
+    covers too little:
 
     - Two images are imagined beside those measured, one that only the first keeps and one that only
       the second does (Bonett and Price 2012 do so in a closed form). Where few images tell the two
@@ -133,6 +164,7 @@ def paired(
     - Of several seeds the mean of each resample is moved by Student's t times the standard error
       over the seeds of either side. Resampling them instead, of which there are three or five,
       covers 80 or 90% only: their resamples know no tails and lack a part of their variance.
+    - So it is by what the images of a random victim have in common, see `p_difference`.
 
     One seed on a side says nothing about what another training would have done. The p-value is that
     of `p_difference`.
@@ -144,16 +176,14 @@ def paired(
     difference = float(differences.mean())
     generator = np.random.default_rng(seed)
     drawn = _resampled_means(differences, resamples, generator)
-    for side in (one, two):
-        if len(side) > 1:
-            error = float(side.mean(axis=1).std(ddof=1)) / sqrt(len(side))
-            drawn += error * generator.standard_t(len(side) - 1, resamples)
+    for squared, freedom in _beside_images(one, two, shared):
+        drawn += sqrt(squared) * generator.standard_t(freedom, resamples)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return Paired(
         difference=difference,
         low=max(-1.0, min(float(low), difference)),
         high=min(1.0, max(float(high), difference)),
-        p_value=p_difference(one, two),
+        p_value=p_difference(one, two, shared=shared),
         only_first=int(((kept > 0.5) & (kept_by_other <= 0.5)).sum()),
         only_second=int(((kept_by_other > 0.5) & (kept <= 0.5)).sum()),
         images=images,
@@ -179,18 +209,21 @@ def _resampled_means(values: Floats, resamples: int, generator: np.random.Genera
     return np.concatenate(means)
 
 
-def p_difference(first: ArrayLike, second: ArrayLike) -> float:
+def p_difference(first: ArrayLike, second: ArrayLike, *, shared: Sequence[Source] = ()) -> float:
     """Two-sided p-value for no difference, of outcomes (seeds, images) on the same images.
+
+    `shared` says what the images of either side have in common, see `shared_by_images`; of a side
+    of several seeds the spread of their means holds it already, and it is left out.
 
     - Of one seed and whole outcomes each: McNemar's exact test, which asks whether the images that
       only one of the two keeps fall to either side like a fair coin.
-    - Else a t-test of the difference of the means with two sources of variance: that of the
-      differences over images, by the number of images, and of either side with several seeds that
-      of their means, by their number. The p-value is the level whose interval, the half widths of
-      Student's t for each source added as squares, just reaches 0. A variance over two or three
-      seeds is itself so uncertain that a normal distribution would call far too much significant,
-      and so, measured, do the degrees of freedom of Welch and Satterthwaite; this never does
-      (Banerjee 1961). With one source it is the ordinary t-test.
+    - Else a t-test of the difference of the means with several sources of variance: that of the
+      differences over images, by the number of images, of either side with several seeds that of
+      their means, by their number, and what is `shared`. The p-value is the level whose interval,
+      the half widths of Student's t for each source added as squares, just reaches 0. A variance
+      over two or three seeds is itself so uncertain that a normal distribution would call far too
+      much significant, and so, measured, do the degrees of freedom of Welch and Satterthwaite; this
+      never does (Banerjee 1961). With one source it is the ordinary t-test.
     - Where nothing varies, so that no t exists: the sign test over images.
 
     A side of one seed adds nothing for training noise, which one seed cannot tell: the test is then
@@ -201,9 +234,9 @@ def p_difference(first: ArrayLike, second: ArrayLike) -> float:
         kept, kept_by_other = one[0] > 0, two[0] > 0
         return _mcnemar(int((kept & ~kept_by_other).sum()), int((kept_by_other & ~kept).sum()))
     differences = one.mean(axis=0) - two.mean(axis=0)
-    sources = [(_squared_error(differences), len(differences) - 1)]
-    sources += [(_squared_error(side.mean(axis=1)), len(side) - 1) for side in (one, two)]
-    sources = [source for source in sources if source[0] > 1e-24]  # but for rounding
+    sources = [Source(_squared_error(differences), len(differences) - 1)]
+    sources += _beside_images(one, two, shared)
+    sources = [source for source in sources if source.squared > 1e-24]  # but for rounding
     if not sources:
         signs = np.sign(np.round(differences, 12))
         return _mcnemar(int((signs > 0).sum()), int((signs < 0).sum()))
@@ -222,6 +255,16 @@ def p_difference(first: ArrayLike, second: ArrayLike) -> float:
     if excess(log(alone)) <= 0:  # the others add no more than rounding does
         return alone
     return exp(float(brentq(excess, log(alone), 0, xtol=1e-9)))
+
+
+def _beside_images(one: Floats, two: Floats, shared: Sequence[Source]) -> list[Source]:
+    """What a difference varies by that images do not show."""
+    over_seeds = [
+        Source(_squared_error(side.mean(axis=1)), len(side) - 1)
+        for side in (one, two)
+        if len(side) > 1
+    ]
+    return [source for source in (*over_seeds, *shared) if source.squared > 0]
 
 
 def _squared_error(values: Floats) -> float:

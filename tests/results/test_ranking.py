@@ -1,6 +1,7 @@
 """Ranks with ties, and what a line says beside accuracies."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from test_leaderboard import examples as outcome_of
 
 from robustbench_local.results import Store, fold, leaderboard, ranking, wilson
 from robustbench_local.results.ranking import ranks
+from robustbench_local.results.worst_case import WorstCase
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 IMAGES = 400
@@ -26,6 +28,11 @@ def kept(count, *, of=IMAGES):
     return np.arange(of) < count
 
 
+def rows(*counts):
+    """One seed each, of a victim that is not random."""
+    return [[WorstCase(kept(count))] for count in counts]
+
+
 def by_hand(counts):
     """The rule in README, with McNemar's test from scipy."""
     level, leader, found = 0.05 / (len(counts) - 1), 0, [1]
@@ -39,13 +46,13 @@ def by_hand(counts):
 
 def test_rows_that_images_do_not_tell_apart_share_a_rank():
     # Five tests at 1% each: nothing against 8 images is significant (p 0.0078), nor is 0 against 7.
-    assert ranks([[kept(count)] for count in (200, 193, 192, 190, 184, 0)]) == [1, 1, 3, 3, 5, 6]
+    assert ranks(rows(200, 193, 192, 190, 184, 0)) == [1, 1, 3, 3, 5, 6]
 
 
 def test_no_chain_of_small_steps_ties_rows_that_differ():
     """Each row is near the one before it, and the last far from the first."""
     counts = list(range(300, 240, -4))
-    found = ranks([[kept(count)] for count in counts])
+    found = ranks(rows(*counts))
     assert found == by_hand(counts)
     leaders = sorted(set(found))
     assert found == sorted(found) and len(leaders) > 3
@@ -58,21 +65,39 @@ def test_every_row_is_tested_against_one_leader_only(monkeypatch):
     """The number of tests that are made is what the level is divided by."""
     asked = []
 
-    def no_difference(first, second):
+    def no_difference(first, second, shared):
+        assert not any(source.squared for source in shared)
         asked.append((first.sum(), second.sum()))
         return 0.06 / 19 if second.sum() % 2 else 0.04 / 19
 
     monkeypatch.setattr(ranking, "p_difference", no_difference)
     counts = [20, 19, 18, 17, *range(15, -1, -1)]
-    assert ranks([[kept(count)] for count in counts])[:5] == [1, 1, 3, 3, 3]
+    assert ranks(rows(*counts))[:5] == [1, 1, 3, 3, 3]
     assert asked[:4] == [(20, 19), (20, 18), (18, 17), (18, 15)]
     assert len(asked) == 19
 
 
+def test_random_rows_that_draw_once_for_all_images_share_a_rank(store):
+    """Two victims of the same kind, each of whose draws moves all images by five points."""
+    generator = np.random.default_rng(4)
+    for pair in range(20):
+        for side in "ab":
+            level = np.clip(generator.normal(0.6, 0.05, 10), 0, 1)
+            draws = generator.random((IMAGES, 10)) < level
+            outcome = replace(outcome_of(draws.mean(1)), clean_draws=draws, robust_draws=draws)
+            found = record(f"{pair}{side}", outcome, attack="standard", defense=side,
+                           judge_draws=10, comparability=str(pair))  # fmt: skip
+            store.add({**found, "randomized": True}, outcome)
+    table = fold(store)
+    assert len(table) == 40 and table["rank"].notna().all()
+    apart = (table["rank"] == 2).sum()
+    assert apart <= 3, table[["comparability", "defense", "worst_case", "rank"]]
+
+
 def test_few_rows():
     assert ranks([]) == []
-    assert ranks([[kept(3)]]) == [1]
-    assert ranks([[kept(90)], [kept(90)]]) == [1, 1]
+    assert ranks(rows(3)) == [1]
+    assert ranks(rows(90, 90)) == [1, 1]
 
 
 def test_only_ranked_rows_have_a_rank_and_only_among_those_comparable(store):

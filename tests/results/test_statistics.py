@@ -18,7 +18,9 @@ from robustbench_local.results.statistics import (
     p_difference,
     paired,
     seed_summary,
+    shared_by_images,
 )
+from robustbench_local.results.worst_case import WorstCase, shared_alone
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,59 @@ def test_intervals_hold_what_they_promise_where_a_batch_shares_its_draw():
         _, low, high = accuracy(draws.mean(1), draws)
         held += low <= 0.6 <= high
     assert held > 180
+
+
+def test_what_images_share_is_what_their_own_variance_does_not_explain():
+    """Ten coins for all images, closed form; single images that draw alone; too few draws."""
+    draws = np.tile(np.arange(10) < 6, (1000, 1))
+    alone = 0.6 * 0.4 / (9 * 1000)
+    assert shared_by_images(draws) == pytest.approx((10 / 9 * 0.24 / 10 - alone, 9), abs=1e-12)
+    assert shared_by_images(draws[:, :1]) == shared_by_images(draws[:, :0]) == (0, 0)
+    assert shared_by_images(np.repeat([[True], [False]], 10, axis=1)) == (0, 9)
+    generator = np.random.default_rng(2)
+    excess, total = 0.0, 0.0
+    for _ in range(300):
+        drawn = generator.random((500, 10)) < generator.random((500, 1))
+        excess += shared_by_images(drawn).squared
+        total += drawn.mean(0).var(ddof=1) / 10
+    assert excess < 0.3 * total  # what is left after cutting off at 0
+
+
+@pytest.mark.parametrize("random", [1, 2])
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.05])
+def test_differences_hold_their_level_where_images_share_draws(spread, random):
+    """Equal victims, one or both random, whose draws move all images: standard error 0.7%.
+
+    With the images taken as independent 5 points of spread make a third of them significant, and
+    more than half where both are random.
+    """
+    generator, held, significant, ignoring = np.random.default_rng(11), 0, 0, 0
+    for repetition in range(1000):
+        difficulty = generator.random(500)
+        sides, shared = [], []
+        for side in range(2):
+            level = 0.6 + generator.normal(0, spread, 10) * (side < random)
+            noise = generator.random((500, 10 if side < random else 1))
+            draws = 0.7 * difficulty[:, None] + 0.3 * noise < level[: noise.shape[1]]
+            sides.append(draws.mean(axis=1))
+            shared.append(shared_by_images(draws))
+        result = paired(*sides, shared=shared, resamples=1000, seed=repetition)
+        held += result.low <= 0 <= result.high
+        significant += result.p_value < 0.05
+        ignoring += p_difference(*sides) < 0.05
+    assert held / 1000 >= 0.94
+    assert significant / 1000 <= 0.06
+    assert spread < 0.05 or ignoring / 1000 > (0.3 if random == 1 else 0.5)
+
+
+def test_several_seeds_show_what_their_draws_share():
+    """Nothing is counted twice: `shared` is for a side of one seed."""
+    generator = np.random.default_rng(12)
+    draws = generator.random((300, 8)) < generator.normal(0.6, 0.1, 8)
+    source = shared_by_images(draws)
+    assert source.squared > 0
+    assert shared_alone([WorstCase(draws.mean(1), source)]) == [source]
+    assert shared_alone([WorstCase(draws.mean(1), source)] * 2) == []
 
 
 def test_limits_agree_with_statsmodels():

@@ -7,7 +7,7 @@ import pytest
 from test_leaderboard import examples, record
 
 from robustbench_local.results import Store
-from robustbench_local.results.leaderboard import worst_case
+from robustbench_local.results.leaderboard import mean_worst_case as worst_case
 
 
 @pytest.fixture
