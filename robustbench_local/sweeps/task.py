@@ -6,6 +6,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from multiprocessing import parent_process
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
@@ -105,8 +106,10 @@ _RUNNING = threading.Lock()
 def _end_with(launcher: int) -> None:
     """Have a child of the launching process end after its run where that process was killed.
 
-    Else those of joblib would wait for more, with what they hold of a GPU.
+    Else those of joblib would wait for more, with what they hold of a GPU; also one whose first run
+    begins when the launching process is gone already.
     """
+    parent = parent_process()
 
     def wait() -> None:
         while os.getppid() == launcher:
@@ -114,7 +117,8 @@ def _end_with(launcher: int) -> None:
         with _RUNNING:
             os._exit(1)
 
-    if os.getppid() == launcher and not any(t.name == _WATCH for t in threading.enumerate()):
+    child = os.getppid() == launcher or (parent is not None and parent.pid == launcher)
+    if child and not any(thread.name == _WATCH for thread in threading.enumerate()):
         threading.Thread(target=wait, name=_WATCH, daemon=True).start()
 
 

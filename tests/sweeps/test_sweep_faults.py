@@ -245,3 +245,33 @@ def test_ctrl_c_says_what_is_done(unbroken, tmp_path):
     assert not [path for path in Path(tmp_path, "cache/sweeps").iterdir() if running(tmp_path)]
     finish(tmp_path, *TOGETHER)
     check_complete(tmp_path, expected)
+
+
+ORPHAN = """
+import multiprocessing, os, sys, time
+
+def work(launcher):
+    while os.getppid() == launcher:
+        time.sleep(0.01)
+    from robustbench_local.sweeps import task
+    with task._RUNNING:  # its run, at whose end it ends
+        task._end_with(launcher)
+        time.sleep(1)
+        print("the run ended", flush=True)
+    time.sleep(60)
+    print("still there", flush=True)
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=work, args=(os.getpid(),))
+    child.start()
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_worker_that_first_runs_when_its_launcher_is_dead_ends_after_that_run(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    job = subprocess.run(
+        [sys.executable, "orphan.py"], cwd=tmp_path, stdout=subprocess.PIPE, timeout=50, text=True
+    )
+    assert job.returncode == -signal.SIGKILL
+    assert job.stdout == "the run ended\n"
