@@ -46,8 +46,16 @@ class NoisyLayers(RandomLayers):
         deviation = self._first[place] if place < len(self._first) else self._inner
         if deviation == 0:
             return entering
-        generator = self.generator(entering.device)
-        return entering + torch.empty_like(entering).normal_(0, deviation, generator=generator)
+        noise = torch.empty_like(entering)
+        in_memory_order(noise).normal_(0, deviation, generator=self.generator(noise.device))
+        return noise.add_(entering)
+
+
+def in_memory_order(values: Tensor) -> Tensor:
+    """The same numbers as they lie in memory: a CPU draws into others at a sixth of the speed."""
+    if values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last):
+        return values.permute(0, 2, 3, 1)
+    return values
 
 
 def _noisy_layers(model: Model) -> list[nn.Module]:
