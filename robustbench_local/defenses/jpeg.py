@@ -70,7 +70,7 @@ class JpegRandom(Drawing):
         self.stand_in = _checked(surrogate)
 
     def draw(self, x: Images) -> Tensor:
-        """Which of the qualities, (N,)."""
+        """Which of the qualities, a row for each image."""
         return self._picks((len(x),), x)
 
     def transform_of(self, x: Images, drawn: Tensor) -> Images:
@@ -102,16 +102,6 @@ class JpegSlq(JpegRandom):
     def draw(self, x: Images) -> Tensor:
         """Which of the qualities for every block, (N, blocks down, blocks across)."""
         return self._picks((len(x), -(-x.shape[2] // 8), -(-x.shape[3] // 8)), x)
-
-    def transform_of(self, x: Images, drawn: Tensor) -> Images:
-        """Blocks of the decoded images."""
-        return _patchwork([compress(x, _same(each, x)) for each in self.qualities], drawn)
-
-    def surrogate_of(self, x: Images, drawn: Tensor) -> Images:
-        """Blocks of the stand-ins of the decoded images."""
-        if self.stand_in == "identity":
-            return x
-        return _patchwork([differentiable(x, _same(each, x)) for each in self.qualities], drawn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,14 +153,6 @@ class Voting(nn.Module):
 
 def _same(quality: int, x: Images) -> Tensor:
     return torch.full((len(x),), quality, device=x.device)
-
-
-def _patchwork(images: list[Images], picks: Tensor) -> Images:
-    """Every 8x8 block of one of the images: `picks` (N, blocks down, blocks across) says which."""
-    stack = torch.stack(images)
-    pixels = picks.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    pixels = pixels[:, : stack.shape[3], : stack.shape[4]]
-    return stack.gather(0, pixels[None, :, None].expand(1, *stack.shape[1:]))[0]
 
 
 def _is_quality(value: object) -> bool:

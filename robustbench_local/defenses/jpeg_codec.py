@@ -56,7 +56,9 @@ _FLOOR = 0.05
 def compress(x: Images, quality: Tensor) -> Images:
     """Images as JPEG files of a quality leave them; shape, device and dtype are kept.
 
-    `quality` is (N,), whole numbers from 1 to 100. Pixels are rounded to 8 bits first. One channel
+    `quality` is (N,), whole numbers from 1 to 100, or (N, blocks down, blocks across): one for each
+    block of 8x8 pixels, those cut off by the border too, which is then taken, in all channels, from
+    the file of the whole image at that quality. Pixels are rounded to 8 bits first. One channel
     is a grey file, three are a colour file with colour at half the resolution. Raises `UserError`
     for other numbers of channels.
 
@@ -101,16 +103,32 @@ def _file(levels: Tensor, quality: Tensor, *, exact: bool) -> Tensor:
     # At an exact half libjpeg rounds luminance up and the differences of colour down.
     luma = _whole(ycc[:, :1], exact)
     chroma = _whole(ycc[:, 1:] + 128, exact, up=0.5 - 2**-16)
-    luma = _plane(luma, _steps(_LUMA, quality), exact)
-    chroma = _plane(_halved(chroma, exact), _steps(_CHROMA, quality), exact)
+    luma, chroma = _plane(luma, _steps(_LUMA, quality), exact), _halved(chroma, exact)
+    if quality.ndim == 1:
+        colour = _colour(chroma, quality, height, width, exact)
+    else:
+        # Colour has blocks of 16x16 and is smoothed over their borders: all of it, at each quality.
+        pixels = quality.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None, :height, :width]
+        colour = torch.zeros_like(levels)
+        for each in quality.unique():  # type: ignore[no-untyped-call]
+            whole = _colour(chroma, each.expand(len(levels)), height, width, exact)
+            colour = torch.where(pixels == each, whole, colour)
+    return (luma + colour).clamp_(0, 255) if exact else luma + colour
+
+
+def _colour(chroma: Tensor, quality: Tensor, height: int, width: int, exact: bool) -> Tensor:
+    """What halved differences of colour add to the luminance, after writing and reading."""
+    chroma = _plane(chroma, _steps(_CHROMA, quality), exact)
     chroma = _doubled(chroma[..., : (height + 1) // 2, : (width + 1) // 2], exact) - 128
-    colour = torch.einsum("dc,nchw->ndhw", _TO_RGB.to(levels), chroma[..., :height, :width])
-    rgb = luma + _whole(colour, exact)
-    return rgb.clamp(0, 255) if exact else rgb
+    colour = torch.einsum("dc,nchw->ndhw", _TO_RGB.to(chroma), chroma[..., :height, :width])
+    return _whole(colour, exact)
 
 
 def _plane(levels: Tensor, steps: Tensor, exact: bool) -> Tensor:
-    """Levels through the cosine transform and quantisation steps (N, 1, 8, 8), and back."""
+    """Levels through the cosine transform and quantisation steps, and back.
+
+    Of one channel the steps may differ from block to block: (N, 1 or blocks, 8, 8).
+    """
     full = _fill(levels, 8, 8)
     images, channels, height, width = full.shape
     down, across = height // 8, width // 8
@@ -137,8 +155,9 @@ def _times(blocks: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _steps(table: Tensor, quality: Tensor) -> Tensor:
-    """The quantisation steps of each image as libjpeg derives them, shape (N, 1, 8, 8)."""
-    percent = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality).view(-1, 1, 1, 1)
+    """The quantisation steps as libjpeg derives them, shape (N, 1 or blocks, 8, 8)."""
+    percent = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality)
+    percent = (percent[:, None] if percent.ndim == 1 else percent.flatten(1))[..., None, None]
     return ((table.to(quality.device) * percent + 50) // 100).clamp(1, 255)
 
 

@@ -238,6 +238,23 @@ def test_slq_takes_every_block_from_one_of_the_decoded_images(photographs, size)
     assert not torch.equal(module(x), out)
 
 
+def test_the_gradient_of_slq_is_that_of_whole_files_block_by_block(images):
+    module, x = JpegSlq(), images[:8]
+    module.reseed(5)
+    drawn = module.draw(x)
+    pixels = drawn.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    pixels = pixels[:, None, : x.shape[2], : x.shape[3]]
+
+    def patchwork(x):
+        files = [differentiable(x, same(quality, x)) for quality in QUALITIES]
+        return sum(file * (pixels == place) for place, file in enumerate(files))
+
+    weight = noise(x.shape)
+    found = gradient(lambda x: module.surrogate_of(x, drawn), x, weight)
+    expected = gradient(patchwork, x, weight)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_slq_on_digits(digit_images):
     x = digit_images[0][:20]
     out, decoded = JpegSlq()(x), torch.stack([pillow(x, each) for each in QUALITIES])
