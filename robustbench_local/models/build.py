@@ -29,7 +29,7 @@ def build_model(config: Mapping[str, Any], data: "Dataset") -> Normalized:
     where the target names them. `mean` and `std` are taken from the training pixels where they are
     null; `mean=[0] std=[1]` suits a network that normalises by itself. A checkpoint is not loaded
     here. The initial weights are drawn from torch's global generator. Raises `UserError` for a
-    target that cannot be imported and arguments it does not take.
+    target that cannot be imported and for arguments that it does not take or cannot be built with.
     """
     target = _find_target(config)
     arguments = {name: value for name, value in config.items() if name not in RESERVED}
@@ -39,10 +39,13 @@ def build_model(config: Mapping[str, Any], data: "Dataset") -> Normalized:
     arguments = {name: value for name, value in arguments.items() if name not in given}
     try:
         network = instantiate({**arguments, "_partial_": True}, _convert_="all")(**given)
-    except TypeError as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
         known = ", ".join(accepted) or "none"
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"model {config['_target_']} could not be built: {error}; expected arguments are "
+            f"model {config['_target_']} could not be built: {reason}; expected arguments are "
             f"{known}: type model.NAME=VALUE, or +model.NAME=VALUE for a new one"
         ) from error
     if not isinstance(network, nn.Module):

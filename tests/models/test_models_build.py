@@ -87,6 +87,11 @@ def test_a_function_is_a_target_and_what_is_given_is_kept():
         ({"_target_": "math.pi"}, "not callable"),
         ({"_target_": "builtins.dict"}, "returned a dict"),
         (viewing(depht=2), "depht.*depth"),
+        (
+            {"_target_": "robustbench_local.models.SmallCNN", "width": -1},
+            "could not be built: .*-1",
+        ),
+        ({"_target_": "robustbench_local.models.ResNet", "depth": 9}, r"^model\.depth=9; expected"),
         (viewing(mean=[0.1, 0.2]), "2 values and the images have 1 channels"),
         (viewing(std=[0.0]), r"model\.std=\[0\.0\]"),
     ],
