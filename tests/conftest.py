@@ -3,8 +3,8 @@
 import copy
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustbench_local.data import MNIST, Dataset, load
+from robustbench_local.files import atomic_path
 from robustbench_local.selftest.victims import (  # noqa: F401  # tests take them from here
     LinearVictim,
     LogSoftmax,
@@ -192,15 +193,20 @@ def digit_model(digits: Dataset, digit_images: tuple[Tensor, Tensor]) -> nn.Modu
 
 
 @pytest.fixture(scope="session")
-def robust_digit_model(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    """A network trained on PGD examples of linf 0.3; about 40 seconds, for slow tests only."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return _robust_digit_model(digits)
-    # One process trains for all: the parent of its folder is that of the whole session.
-    file = tmp_path_factory.getbasetemp().parent / "robust_digit_model.safetensors"
+def robust_digit_model(digits: Dataset, request: pytest.FixtureRequest) -> nn.Module:
+    """A network trained on PGD examples of linf 0.3; about 40 seconds, for slow tests only.
+
+    Kept in pytest's cache under a hash of what decides it: one process trains for all, and for the
+    benchmarks, which are a command of their own.
+    """
+    parts = (Path(__file__).read_bytes(), digits.fingerprint.encode(), torch.__version__.encode())
+    key = sha256(b"".join(parts)).hexdigest()[:16]
+    assert request.config.cache is not None
+    file = request.config.cache.mkdir("robust_digit_model") / f"{key}.safetensors"
     with FileLock(file.with_suffix(".lock")):
         if not file.exists():
-            save_file(_robust_digit_model(digits).state_dict(), file)
+            with atomic_path(file) as temporary:
+                save_file(_robust_digit_model(digits).state_dict(), temporary)
     model = digit_cnn(32).eval().requires_grad_(False)
     model.load_state_dict(load_file(file))
     return model
