@@ -72,7 +72,7 @@ def compress(x: Images, quality: Tensor) -> Images:
 
 
 def differentiable(x: Images, quality: Tensor) -> Images:
-    """A stand-in for `compress` with a useful gradient (after Shin and Song 2017).
+    """A stand-in for `compress` with a useful gradient (after Shin and Song 2017); same arguments.
 
     Its stages in real numbers, but for the rounding of coefficients: that has the exact value and
     the derivative 3 e^2, e being the distance to the whole number, so that the gradient goes to the
@@ -92,6 +92,11 @@ def _file(levels: Tensor, quality: Tensor, *, exact: bool) -> Tensor:
     """Levels from 0 to 255, shape (N, C, H, W), written and read; `exact` or with a gradient."""
     quality = quality.to(levels.device)
     channels, height, width = levels.shape[1:]
+    if quality.ndim > 1 and quality.shape[1:] != (-(-height // 8), -(-width // 8)):
+        raise ValueError(
+            f"qualities of shape {tuple(quality.shape)} for images of {height}x{width}; expected "
+            "one for each image, or for each block of 8x8"
+        )
     if channels == 1:
         return _plane(levels, _steps(_LUMA, quality), exact)
     if channels != 3:

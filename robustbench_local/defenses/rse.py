@@ -47,11 +47,11 @@ class NoisyLayers(RandomLayers):
         if deviation == 0:
             return entering
         noise = torch.empty_like(entering)
-        in_memory_order(noise).normal_(0, deviation, generator=self.generator(noise.device))
+        _in_memory_order(noise).normal_(0, deviation, generator=self.generator(noise.device))
         return noise.add_(entering)
 
 
-def in_memory_order(values: Tensor) -> Tensor:
+def _in_memory_order(values: Tensor) -> Tensor:
     """The same numbers as they lie in memory: a CPU draws into others at a sixth of the speed."""
     if values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last):
         return values.permute(0, 2, 3, 1)

@@ -48,7 +48,7 @@ def compare(store: Store, words: Sequence[str], console: Console, *, anyway: boo
 
 
 def _paired(one: Side, two: Side) -> Paired:
-    return paired(one.outcomes, two.outcomes, shared=[*one.shared, *two.shared])
+    return paired(one.outcomes, two.outcomes, draws=(one.draws, two.draws))
 
 
 def _comparable(one: Side, two: Side, *, anyway: bool) -> list[str]:
@@ -210,10 +210,10 @@ def sentence(sides: tuple[Side, Side], result: Paired, adjusted: float | None = 
     if points < 0:
         low, high = -high, -low
     exact = result.method == "exact McNemar"
-    test = "exact McNemar" if exact else "t-test over images"
+    *over, last = result.over
+    sources = f"{', '.join(over)} and {last}" if over else last
+    test = "exact McNemar" if exact else f"t-test over {sources}"
     mostly = "" if exact else f" (in most {'seeds' if max(result.seeds) > 1 else 'draws'})"
-    if max(result.seeds) > 1:
-        test += " and seeds"
     p_value = p_in_words(result.p_value)
     if adjusted is not None:
         p_value += f", after Holm {p_in_words(adjusted)}"

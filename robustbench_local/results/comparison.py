@@ -15,9 +15,10 @@ from robustbench_local.display import output
 from robustbench_local.files import atomic_path
 from robustbench_local.identity import content_id
 from robustbench_local.results.leaderboard import mean_worst_case, starred, victim_of
+from robustbench_local.results.lines import Intervals, worst_interval
 from robustbench_local.results.report import print_title, radius_in_words
-from robustbench_local.results.statistics import wilson
 from robustbench_local.results.store import Record, Store
+from robustbench_local.results.summary import summarise
 
 VICTIM = ("dataset", "model", "train", "defense", "seed")
 """What names a row of the table."""
@@ -51,7 +52,7 @@ def tabulate(store: Store, records: Sequence[Record]) -> pd.DataFrame:
     """A line for each victim, attack, threat model and awareness, and the worst case of each.
 
     Columns: those of `VICTIM`, `MEASURED_ON` and `THREAT`, `attack`, `awareness`, `clean`, `robust`
-    with its 95% Wilson limits `low` and `high`, `n`, `judge_draws`, `eot_samples` (draws averaged
+    with its 95% limits `low` and `high`, `n`, `judge_draws`, `eot_samples` (draws averaged
     by the attack; empty where it averages none), `reduced` (what the attack did less of behind a
     random victim), `flags` (a star marks severe ones), how many of them are `severe` (other than
     what `oblivious` attacks bring with them) and `run_id`.
@@ -115,8 +116,8 @@ def _doubts(records: Sequence[Record]) -> dict[str, object]:
 
 
 def _worst(store: Store, records: Sequence[Record]) -> dict[str, Any]:
-    n = records[0]["n"]
-    value, low, high = wilson(mean_worst_case(store, records) * n, n)
+    cell = {record["run_id"]: summarise(record) for record in records}
+    value, low, high = worst_interval(mean_worst_case(store, records), [cell], Intervals())
     return {
         **_line(records[0]),
         "attack": "worst_case",

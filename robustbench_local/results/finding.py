@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from robustbench_local.errors import UserError
 from robustbench_local.results.lines import latest_runs, strongest
 from robustbench_local.results.report import radius_in_words
-from robustbench_local.results.statistics import Source
+from robustbench_local.results.statistics import Draws
 from robustbench_local.results.store import Record, Store
 from robustbench_local.results.summary import ROW, summarise
-from robustbench_local.results.worst_case import shared_alone, worst_case
+from robustbench_local.results.worst_case import worst_case
 
 KEYS = (*ROW, "attack", "seed")
 """What a selection may name."""
@@ -31,7 +31,7 @@ class Side:
     word: str
     records: Mapping[int, Sequence[Record]]
     outcomes: NDArray[np.float64]  # (seeds, images), the worst case over the attacks
-    shared: Sequence[Source]  # what the images have in common beside that
+    draws: Draws  # of a random victim of one seed
     indices: NDArray[np.int64]
     labels: NDArray[np.int64]
 
@@ -220,7 +220,7 @@ def _side(store: Store, word: str, records: Mapping[int, Sequence[Record]]) -> S
             )
     worst = [worst_case(store, list(map(summarise, records[seed]))) for seed in sorted(records)]
     outcomes = np.array([seed.images for seed in worst], np.float64)
-    return Side(word, records, outcomes, shared_alone(worst), indices, labels)
+    return Side(word, records, outcomes, worst[0].draws, indices, labels)
 
 
 def differing(sides: Iterable[Side], key: str) -> list[Any]:

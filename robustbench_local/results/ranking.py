@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustbench_local.results.statistics import p_difference
-from robustbench_local.results.worst_case import WorstCase, shared_alone
+from robustbench_local.results.worst_case import WorstCase
 
 LEVEL = 0.05
 """For all tests of one table together."""
@@ -24,12 +24,15 @@ def ranks(rows: Sequence[Sequence[WorstCase]]) -> list[int]:
     level = LEVEL / max(1, len(rows) - 1)
     leader, found = 0, []
     for place, row in enumerate(rows):
-        first = rows[leader]
-        shared = [*shared_alone(first), *shared_alone(row)]
-        if place and p_difference(_stacked(first), _stacked(row), shared=shared) < level:
+        if place and _p_value(rows[leader], row) < level:
             leader = place
         found.append(leader + 1)
     return found
+
+
+def _p_value(first: Sequence[WorstCase], second: Sequence[WorstCase]) -> float:
+    draws = (first[0].draws, second[0].draws)  # of several seeds they are not looked at
+    return p_difference(_stacked(first), _stacked(second), draws=draws)
 
 
 def _stacked(seeds: Sequence[WorstCase]) -> NDArray[np.float64]:

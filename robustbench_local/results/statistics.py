@@ -4,9 +4,8 @@ Outcomes are fractions in [0, 1], an array (seeds, images): whether a victim kee
 share of the judge's draws in which a random one does. All intervals are of 95%.
 """
 
-from collections.abc import Sequence
 from math import exp, log, sqrt
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -67,28 +66,17 @@ def accuracy(correct: NDArray[Any], draws: NDArray[Any]) -> Interval:
 
 
 class Source(NamedTuple):
-    """The variance of a mean, and the degrees of freedom with which it is known."""
+    """Something that a difference of means varies over, and by how much."""
 
-    squared: float
-    freedom: int
-
-
-NOTHING = Source(0.0, 0)
+    over: Literal["images", "seeds", "draws"]
+    variance: float
+    degrees_of_freedom: int
 
 
-def shared_by_images(draws: NDArray[Any]) -> Source:
-    """The variance that the mean over `draws`, bool (n, draws), has beyond that of its images.
+Draws: TypeAlias = NDArray[np.bool_] | None
+"""Whether a random victim is right in each draw, (images, draws); None of one that is not random.
 
-    Where all images of a batch share one draw they are right or wrong together, which no variance
-    over images shows. The accuracies of the draws show both; what independent images would vary by
-    is taken off. 0 where that leaves nothing, and of fewer than two draws.
-    """
-    images, count = draws.shape
-    if count < 2:
-        return NOTHING
-    share = draws.mean(axis=1)
-    alone = float((share * (1 - share)).sum()) / ((count - 1) * images**2)
-    return Source(max(0.0, _squared_error(draws.mean(axis=0)) - alone), count - 1)
+Those of two victims are aligned: the judge gives runs of one seed the same draws."""
 
 
 class SeedSummary(NamedTuple):
@@ -143,13 +131,14 @@ class Paired(NamedTuple):
     images: int
     seeds: tuple[int, int]
     method: str
+    over: tuple[str, ...]  # the sources of variance
 
 
 def paired(
     first: ArrayLike,
     second: ArrayLike,
     *,
-    shared: Sequence[Source] = (),
+    draws: tuple[Draws, Draws] = (None, None),
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Paired:
@@ -164,7 +153,8 @@ def paired(
     - Of several seeds the mean of each resample is moved by Student's t times the standard error
       over the seeds of either side. Resampling them instead, of which there are three or five,
       covers 80 or 90% only: their resamples know no tails and lack a part of their variance.
-    - So it is by what the images of a random victim have in common, see `p_difference`.
+    - So it is by the `draws` of random victims, see `p_difference`; the part of the spread over
+      images that is theirs is taken off.
 
     One seed on a side says nothing about what another training would have done. The p-value is that
     of `p_difference`.
@@ -176,19 +166,25 @@ def paired(
     difference = float(differences.mean())
     generator = np.random.default_rng(seed)
     drawn = _resampled_means(differences, resamples, generator)
-    for squared, freedom in _beside_images(one, two, shared):
-        drawn += sqrt(squared) * generator.standard_t(freedom, resamples)
+    over_images, *others = _sources(one, two, draws)
+    whole = _squared_error(differences)
+    if whole > over_images.variance:
+        centre = drawn.mean()
+        drawn = centre + sqrt(over_images.variance / whole) * (drawn - centre)
+    for _, variance, degrees in others:
+        drawn += sqrt(variance) * generator.standard_t(degrees, resamples)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return Paired(
         difference=difference,
         low=max(-1.0, min(float(low), difference)),
         high=min(1.0, max(float(high), difference)),
-        p_value=p_difference(one, two, shared=shared),
+        p_value=p_difference(one, two, draws=draws),
         only_first=int(((kept > 0.5) & (kept_by_other <= 0.5)).sum()),
         only_second=int(((kept_by_other > 0.5) & (kept <= 0.5)).sum()),
         images=images,
         seeds=(len(one), len(two)),
-        method="exact McNemar" if _is_binary(one, two) else "paired t",
+        method="exact McNemar" if _is_binary(one, two) and not others else "paired t",
+        over=tuple(dict.fromkeys(source.over for source in (over_images, *others))),
     )
 
 
@@ -209,18 +205,23 @@ def _resampled_means(values: Floats, resamples: int, generator: np.random.Genera
     return np.concatenate(means)
 
 
-def p_difference(first: ArrayLike, second: ArrayLike, *, shared: Sequence[Source] = ()) -> float:
+def p_difference(
+    first: ArrayLike, second: ArrayLike, *, draws: tuple[Draws, Draws] = (None, None)
+) -> float:
     """Two-sided p-value for no difference, of outcomes (seeds, images) on the same images.
 
-    `shared` says what the images of either side have in common, see `shared_by_images`; of a side
-    of several seeds the spread of their means holds it already, and it is left out.
+    `draws` are the single draws behind the outcomes of random victims. Where all images of a batch
+    share one draw they are right or wrong together, which no variance over images shows. Of a side
+    of several seeds the spread of their means holds that already, and its draws are not looked at.
 
     - Of one seed and whole outcomes each: McNemar's exact test, which asks whether the images that
       only one of the two keeps fall to either side like a fair coin.
     - Else a t-test of the difference of the means with several sources of variance: that of the
       differences over images, by the number of images, of either side with several seeds that of
-      their means, by their number, and what is `shared`. The p-value is the level whose interval,
-      the half widths of Student's t for each source added as squares, just reaches 0. A variance
+      their means, by their number, and that of the means of the draws (of two random sides with
+      as many draws, of their differences draw by draw), by their number; what independent images
+      would vary by over draws counts with the draws. The p-value is the level whose interval, the
+      half widths of Student's t for each source added as squares, just reaches 0. A variance
       over two or three seeds is itself so uncertain that a normal distribution would call far too
       much significant, and so, measured, do the degrees of freedom of Welch and Satterthwaite; this
       never does (Banerjee 1961). With one source it is the ordinary t-test.
@@ -230,41 +231,62 @@ def p_difference(first: ArrayLike, second: ArrayLike, *, shared: Sequence[Source
     about these weights and not about the training that made them.
     """
     one, two = _pair(first, second)
-    if _is_binary(one, two):
+    sources = _sources(one, two, draws)
+    if _is_binary(one, two) and len(sources) == 1:
         kept, kept_by_other = one[0] > 0, two[0] > 0
         return _mcnemar(int((kept & ~kept_by_other).sum()), int((kept_by_other & ~kept).sum()))
     differences = one.mean(axis=0) - two.mean(axis=0)
-    sources = [Source(_squared_error(differences), len(differences) - 1)]
-    sources += _beside_images(one, two, shared)
-    sources = [source for source in sources if source.squared > 1e-24]  # but for rounding
+    sources = [source for source in sources if source.variance > _ROUNDING]
     if not sources:
         signs = np.sign(np.round(differences, 12))
         return _mcnemar(int((signs > 0).sum()), int((signs < 0).sum()))
     from scipy.special import stdtr, stdtrit
 
     size = abs(float(differences.mean()))
-    alone = max(float(2 * stdtr(own, -size / sqrt(squared))) for squared, own in sources)
+    alone = max(float(2 * stdtr(own, -size / sqrt(variance))) for _, variance, own in sources)
     if len(sources) == 1 or alone < 1e-200:
         return alone
     from scipy.optimize import brentq
 
     def excess(log_p: float) -> float:
-        reach = sum(squared * stdtrit(own, exp(log_p) / 2) ** 2 for squared, own in sources)
-        return float(reach) - size**2
+        reach = sum(variance * stdtrit(own, exp(log_p) / 2) ** 2 for _, variance, own in sources)
+        return float(reach - size**2)
 
     if excess(log(alone)) <= 0:  # the others add no more than rounding does
         return alone
     return exp(float(brentq(excess, log(alone), 0, xtol=1e-9)))
 
 
-def _beside_images(one: Floats, two: Floats, shared: Sequence[Source]) -> list[Source]:
-    """What a difference varies by that images do not show."""
-    over_seeds = [
-        Source(_squared_error(side.mean(axis=1)), len(side) - 1)
-        for side in (one, two)
+def _sources(one: Floats, two: Floats, draws: tuple[Draws, Draws]) -> list[Source]:
+    """What the difference of the means varies over: images first, then what they do not show."""
+    sides = (one, two)
+    found = [
+        Source("seeds", _squared_error(side.mean(axis=1)), len(side) - 1)
+        for side in sides
         if len(side) > 1
     ]
-    return [source for source in (*over_seeds, *shared) if source.squared > 0]
+    single = [
+        each
+        for side, each in zip(sides, draws, strict=True)
+        if len(side) == 1 and each is not None and each.shape[1] > 1
+    ]
+    means = [each.mean(axis=0) for each in single]
+    if len(means) == 2 and len(means[0]) == len(means[1]):
+        means = [means[0] - means[1]]  # whatever draws of one seed do to both
+    found += [Source("draws", _squared_error(each), len(each) - 1) for each in means]
+    over_images = _squared_error(one.mean(axis=0) - two.mean(axis=0)) - sum(map(_alone, single))
+    real = [source for source in found if source.variance > _ROUNDING]
+    return [Source("images", max(0.0, over_images), one.shape[1] - 1), *real]
+
+
+_ROUNDING = 1e-24
+
+
+def _alone(draws: NDArray[np.bool_]) -> float:
+    """What the mean over images varies by, over draws that each image would have for itself."""
+    images, count = draws.shape
+    share = draws.mean(axis=1)
+    return float((share * (1 - share)).sum() / ((count - 1) * images**2))
 
 
 def _squared_error(values: Floats) -> float:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from robustbench_local.results.statistics import NOTHING, Source, shared_by_images
+from robustbench_local.results.statistics import Draws
 from robustbench_local.results.summary import Summary, seen
 
 if TYPE_CHECKING:
@@ -14,15 +14,10 @@ if TYPE_CHECKING:
 
 
 class WorstCase(NamedTuple):
-    """How each image of a victim of one seed fares, and what its images have in common."""
+    """How each image of a victim of one seed fares; of a random one also in each draw."""
 
     images: NDArray[Any]
-    shared: Source = NOTHING
-
-
-def shared_alone(seeds: Sequence[WorstCase]) -> list[Source]:
-    """What the images have in common, of one seed; several show it by how far they lie apart."""
-    return [seeds[0].shared] if len(seeds) == 1 else []
+    draws: Draws = None
 
 
 def worst_case(store: "Store", runs: Sequence[Summary]) -> WorstCase:
@@ -31,8 +26,7 @@ def worst_case(store: "Store", runs: Sequence[Summary]) -> WorstCase:
     Never above the strongest attack in the mean. Of a random victim the least of several noisy
     shares is luck, which would grow with every attack added: the attack of each image is chosen on
     one half of the judge's draws and scored on the other, and the other way round. Where no two
-    draws of each attack are recorded, the strongest attack stands. Its draws say what the images
-    have in common.
+    draws of each attack are recorded, the strongest attack stands.
     """
     outcomes = [seen(store, run) for run in runs]
     if len({outcome.images for outcome in outcomes}) > 1:
@@ -43,13 +37,20 @@ def worst_case(store: "Store", runs: Sequence[Summary]) -> WorstCase:
         binary = ((worst == 0) | (worst == 1)).all()
         return WorstCase(worst.astype(np.bool_) if binary else worst)
     decides = outcomes[int(robust.mean(axis=1).argmin())]
-    strongest, shared = decides.robust, shared_by_images(decides.draws)
-    if any(outcome.draws.shape[1] < 2 for outcome in outcomes):
-        return WorstCase(strongest, shared)
+    strongest = WorstCase(decides.robust, decides.draws)
+    counts = {outcome.draws.shape[1] for outcome in outcomes}
+    if min(counts) < 2:
+        return strongest
     even, odd = (
         np.array([outcome.draws[:, first::2].mean(axis=1) for outcome in outcomes])
         for first in (0, 1)
     )
     images = np.arange(robust.shape[1])
-    crossed = (odd[even.argmin(axis=0), images] + even[odd.argmin(axis=0), images]) / 2
-    return WorstCase(min(strongest, crossed, key=np.mean), shared)
+    by_even, by_odd = even.argmin(axis=0), odd.argmin(axis=0)
+    crossed = (odd[by_even, images] + even[by_odd, images]) / 2
+    if crossed.mean() >= strongest.images.mean():
+        return strongest
+    first = min(counts)  # so many draws have all of them
+    draws = np.array([outcome.draws[:, :first] for outcome in outcomes])
+    chosen = np.where(np.arange(first) % 2, by_even[:, None], by_odd[:, None])
+    return WorstCase(crossed, draws[chosen, images[:, None], np.arange(first)])

@@ -65,9 +65,9 @@ def _run_journalled(config: "DictConfig", journal: Journal) -> None:
     entry = journal.begin(hydra.job.num, hydra.overrides.task)
     began = time.monotonic()
     error, run_ids = "", []
-    _end_with(info.pid)
     _RUNNING.acquire()
     try:
+        _end_with(info.pid)  # while the run holds the lock: not before it has ended
         from robustbench_local.sweeps.devices import settle
 
         settle(journal, info, str(config.device))

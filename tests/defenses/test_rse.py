@@ -81,6 +81,19 @@ def last_convolution(network):
     return layer.weight, layer.bias
 
 
+def test_channels_last_activations_get_the_same_kind_of_noise_and_stay_so():
+    """Every layer but the first of the shipped networks meets such ones."""
+    victim = RSE(init=0.2, inner=0.1).through(watched(channels=3))
+    entering = torch.zeros(20, 6, 12, 10).contiguous(memory_format=torch.channels_last)
+    noise = victim.change(entering, 2)  # the first is the image, the second behind normalisation
+    assert noise.is_contiguous(memory_format=torch.channels_last)
+    assert stats.kstest(noise.flatten().numpy(), stats.norm(0, 0.1).cdf).pvalue > 0.01
+    for apart in (noise.flatten(1).T, noise.transpose(0, 1).flatten(1).T):  # images, channels
+        correlations = np.corrcoef(apart.numpy(), rowvar=False)
+        np.fill_diagonal(correlations, 0)
+        assert np.abs(correlations).max() < 5 / len(apart) ** 0.5
+
+
 def test_every_image_has_its_own_noise():
     noisy = inputs(RSE().through(watched()), torch.full((2, 1, 10, 10), 0.5))
     for values in noisy[:2]:

@@ -102,6 +102,16 @@ def test_wrong_configurations_are_told_in_a_sentence(config, words):
     assert "\n" not in str(error.value)
 
 
+def failing():
+    """Somebody's own class with a defect."""
+    raise RuntimeError("a defect")
+
+
+def test_a_defect_in_ones_own_class_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match=r"^a defect$"):
+        build_model({"_target_": f"{__name__}.failing"}, make_data())
+
+
 def test_statistics_are_exact():
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (50, 3, 9, 8), dtype=torch.uint8, generator=generator)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -230,6 +231,25 @@ def test_several_seeds_are_a_matrix(store, cli):
     assert "which says nothing about the training noise of the one with one" in out
 
 
+def test_draws_that_images_share_count_in_a_comparison(store, cli):
+    """Two random victims whose draws turn half of the images at once, each for itself."""
+    generator = np.random.default_rng(3)
+    kept = {}
+    for name in ("noise", "rse"):
+        turned = generator.random(10) < 0.5
+        draws = np.tile(np.arange(200)[:, None] < 100, (1, 10)) | turned
+        outcome = replace(examples(draws.mean(1)), clean_draws=draws, robust_draws=draws)
+        known = record(name, outcome, attack="pgd", judge_draws=10, defense=name)
+        store.add({**known, "randomized": True}, outcome)
+        kept[name] = draws
+    code, out, _ = cli("compare", "noise", "rse")
+    assert code == 0 and "t-test over images and draws p = " in out
+    both = tuple(kept.values())
+    outcomes = [draws.mean(1) for draws in both]
+    assert p_in_words(p_difference(*outcomes, draws=both)) in out
+    assert p_difference(*outcomes, draws=both) > 0.1 > p_difference(*outcomes)
+
+
 def test_of_a_selection_counts_what_counts_in_the_leaderboard(store, cli):
     """Seeds that have met every attack; the latest of one made again, or stronger evidence."""
     half, none = rows(100, first=50)[0], rows(100, first=0)[0]
@@ -324,8 +344,6 @@ def test_the_worst_case_is_that_of_the_leaderboard(store):
 
     So are the limits, also where draws that the images share have widened them.
     """
-    from dataclasses import replace
-
     generator = np.random.default_rng(1)
     for run, attack in enumerate(("fgsm", "pgd", "square")):
         draws = generator.random((200, 10)) < generator.random((200, 1))

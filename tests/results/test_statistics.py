@@ -12,15 +12,15 @@ from statsmodels.stats.proportion import proportion_confint
 
 from robustbench_local.results import wilson
 from robustbench_local.results.statistics import (
+    _sources,
+    _squared_error,
     accuracy,
     clopper_pearson,
     holm,
     p_difference,
     paired,
     seed_summary,
-    shared_by_images,
 )
-from robustbench_local.results.worst_case import WorstCase, shared_alone
 
 
 @pytest.mark.parametrize(
@@ -74,25 +74,41 @@ def test_intervals_hold_what_they_promise_where_a_batch_shares_its_draw():
     assert held > 180
 
 
-def test_what_images_share_is_what_their_own_variance_does_not_explain():
-    """Ten coins for all images, closed form; single images that draw alone; too few draws."""
-    draws = np.tile(np.arange(10) < 6, (1000, 1))
-    alone = 0.6 * 0.4 / (9 * 1000)
-    assert shared_by_images(draws) == pytest.approx((10 / 9 * 0.24 / 10 - alone, 9), abs=1e-12)
-    assert shared_by_images(draws[:, :1]) == shared_by_images(draws[:, :0]) == (0, 0)
-    assert shared_by_images(np.repeat([[True], [False]], 10, axis=1)) == (0, 9)
+def test_draws_are_a_source_of_their_own_and_images_lose_their_part():
+    """Closed forms: ten coins for all images; images that draw alone; too few draws; two sides."""
+    coins = np.tile(np.arange(10) < 6, (1000, 1))
+    one, none = coins.mean(axis=1)[None], np.zeros((1, 1000))
+    images, draws = _sources(one, none, (coins, None))
+    assert (images.over, images.variance) == ("images", 0.0)
+    assert draws == ("draws", pytest.approx(10 / 9 * 0.24 / 10), 9)
+    for few in (coins[:, :1], coins[:, :0], None):
+        assert len(_sources(one, none, (few, None))) == 1
     generator = np.random.default_rng(2)
-    excess, total = 0.0, 0.0
-    for _ in range(300):
-        drawn = generator.random((500, 10)) < generator.random((500, 1))
-        excess += shared_by_images(drawn).squared
-        total += drawn.mean(0).var(ddof=1) / 10
-    assert excess < 0.3 * total  # what is left after cutting off at 0
+    alone = generator.random((500, 10)) < 0.5
+    plain = _squared_error(alone.mean(axis=1))
+    images, draws = _sources(alone.mean(axis=1)[None], np.zeros((1, 500)), (alone, None))
+    # Nothing but draws of its own: over images nearly all of the variance is theirs.
+    assert images.variance < 0.2 * plain and draws.variance == pytest.approx(plain, rel=0.8)
+    same = _sources(one, one, (coins, coins))  # what draws do to both makes no difference
+    assert [source.over for source in same] == ["images"]
+    opposite = _sources(one, 1 - one, (coins, ~coins))
+    assert opposite[1].variance == pytest.approx(4 * 10 / 9 * 0.24 / 10)
 
 
+def test_of_several_seeds_draws_are_not_looked_at():
+    generator = np.random.default_rng(12)
+    draws = generator.random((300, 8)) < generator.normal(0.6, 0.1, 8)
+    seeds = np.stack([draws.mean(axis=1)] * 2)
+    other = generator.random((1, 300)) < 0.5
+    assert p_difference(seeds, other, draws=(draws, None)) == p_difference(seeds, other)
+    assert p_difference(seeds[:1], other, draws=(draws, None)) > p_difference(seeds[:1], other)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("random", [1, 2])
+@pytest.mark.parametrize("count", [2, 10])
 @pytest.mark.parametrize("spread", [0.0, 0.02, 0.05])
-def test_differences_hold_their_level_where_images_share_draws(spread, random):
+def test_differences_hold_their_level_where_images_share_draws(spread, count, random):
     """Equal victims, one or both random, whose draws move all images: standard error 0.7%.
 
     With the images taken as independent 5 points of spread make a third of them significant, and
@@ -101,14 +117,14 @@ def test_differences_hold_their_level_where_images_share_draws(spread, random):
     generator, held, significant, ignoring = np.random.default_rng(11), 0, 0, 0
     for repetition in range(1000):
         difficulty = generator.random(500)
-        sides, shared = [], []
+        sides, draws = [], []
         for side in range(2):
-            level = 0.6 + generator.normal(0, spread, 10) * (side < random)
-            noise = generator.random((500, 10 if side < random else 1))
-            draws = 0.7 * difficulty[:, None] + 0.3 * noise < level[: noise.shape[1]]
-            sides.append(draws.mean(axis=1))
-            shared.append(shared_by_images(draws))
-        result = paired(*sides, shared=shared, resamples=1000, seed=repetition)
+            level = 0.6 + generator.normal(0, spread, count) * (side < random)
+            noise = generator.random((500, count if side < random else 1))
+            right = 0.7 * difficulty[:, None] + 0.3 * noise < level[: noise.shape[1]]
+            sides.append(right.mean(axis=1))
+            draws.append(right if side < random else None)
+        result = paired(*sides, draws=draws, resamples=1000, seed=repetition)
         held += result.low <= 0 <= result.high
         significant += result.p_value < 0.05
         ignoring += p_difference(*sides) < 0.05
@@ -117,14 +133,32 @@ def test_differences_hold_their_level_where_images_share_draws(spread, random):
     assert spread < 0.05 or ignoring / 1000 > (0.3 if random == 1 else 0.5)
 
 
-def test_several_seeds_show_what_their_draws_share():
-    """Nothing is counted twice: `shared` is for a side of one seed."""
-    generator = np.random.default_rng(12)
-    draws = generator.random((300, 8)) < generator.normal(0.6, 0.1, 8)
-    source = shared_by_images(draws)
-    assert source.squared > 0
-    assert shared_alone([WorstCase(draws.mean(1), source)]) == [source]
-    assert shared_alone([WorstCase(draws.mean(1), source)] * 2) == []
+@pytest.mark.parametrize("together", [1.0, -1.0])
+def test_draws_that_both_sides_share_are_compared_draw_by_draw(together):
+    """The judge gives two runs of a seed the same draws: they move both victims, or oppositely."""
+    generator, significant, found = np.random.default_rng(13), 0, 0
+    for _ in range(300):
+        difficulty, moved = generator.random((500, 1)), generator.normal(0, 0.05, 10)
+        for gap in (0.0, 0.04):
+            levels = (0.6 + moved, 0.6 + gap + together * moved)
+            draws = [
+                0.7 * difficulty + 0.3 * generator.random((500, 10)) < level for level in levels
+            ]
+            p_value = p_difference(*(each.mean(axis=1) for each in draws), draws=tuple(draws))
+            significant += gap == 0 and p_value < 0.05
+            found += gap > 0 and p_value < 0.05
+    assert significant / 300 <= 0.08
+    assert together < 0 or found / 300 > 0.9
+
+
+def test_binary_outcomes_with_draws_that_vary_are_no_coin_tosses():
+    kept, lost = np.ones(50), np.zeros(50)
+    draws = np.tile(np.arange(10) < 6, (50, 1))
+    assert p_difference(kept, lost) < 1e-14
+    assert paired(kept, lost).over == ("images",)
+    result = paired(kept, lost, draws=(draws, None))
+    assert result.method == "paired t" and result.over == ("images", "draws")
+    assert result.p_value > 1e-6
 
 
 def test_limits_agree_with_statsmodels():

@@ -253,11 +253,27 @@ import multiprocessing, os, sys, time
 def work(launcher):
     while os.getppid() == launcher:
         time.sleep(0.01)
-    from robustbench_local.sweeps import task
-    with task._RUNNING:  # its run, at whose end it ends
-        task._end_with(launcher)
+    from pathlib import Path
+    from types import SimpleNamespace
+    from unittest import mock
+    from robustbench_local import run
+    from robustbench_local.sweeps import devices, task
+    from robustbench_local.sweeps.journal import Info, Journal
+
+    def take_a_while(*arguments, **settings):
         time.sleep(1)
         print("the run ended", flush=True)
+        return []
+
+    journal = Journal(Path("journal").absolute())
+    journal.open(Info(host="here", pid=launcher, folder=os.getcwd()))
+    job = SimpleNamespace(num=0, overrides=SimpleNamespace(task=[]))
+    with (
+        mock.patch.object(task.HydraConfig, "get", lambda: SimpleNamespace(job=job, **vars(job))),
+        mock.patch.object(devices, "settle"),
+        mock.patch.object(run, "run_from_hydra", take_a_while),
+    ):
+        task._run_journalled(SimpleNamespace(device="cpu"), journal)
     time.sleep(60)
     print("still there", flush=True)
 
@@ -269,6 +285,7 @@ if __name__ == "__main__":
 
 
 def test_a_worker_that_first_runs_when_its_launcher_is_dead_ends_after_that_run(tmp_path):
+    """A child as joblib makes them: it knows its parent as `multiprocessing` does."""
     (tmp_path / "orphan.py").write_text(ORPHAN)
     job = subprocess.run(
         [sys.executable, "orphan.py"], cwd=tmp_path, stdout=subprocess.PIPE, timeout=50, text=True
