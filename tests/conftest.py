@@ -193,16 +193,20 @@ def digit_model(digits: Dataset, digit_images: tuple[Tensor, Tensor]) -> nn.Modu
 
 
 @pytest.fixture(scope="session")
-def robust_digit_model(digits: Dataset, request: pytest.FixtureRequest) -> nn.Module:
+def robust_digit_model(
+    digits: Dataset, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> nn.Module:
     """A network trained on PGD examples of linf 0.3; about 40 seconds, for slow tests only.
 
-    Kept in pytest's cache under a hash of what decides it: one process trains for all, and for the
-    benchmarks, which are a command of their own.
+    Kept in pytest's cache, where there is one, under a hash of this file, the images and the
+    version of torch: one process trains for all, and for the benchmarks, a command of their own.
     """
     parts = (Path(__file__).read_bytes(), digits.fingerprint.encode(), torch.__version__.encode())
     key = sha256(b"".join(parts)).hexdigest()[:16]
-    assert request.config.cache is not None
-    file = request.config.cache.mkdir("robust_digit_model") / f"{key}.safetensors"
+    cache = getattr(request.config, "cache", None)  # not there with -p no:cacheprovider
+    name = "robust_digit_model"
+    folder = tmp_path_factory.mktemp(name) if cache is None else cache.mkdir(name)
+    file = folder / f"{key}.safetensors"
     with FileLock(file.with_suffix(".lock")):
         if not file.exists():
             with atomic_path(file) as temporary:
