@@ -29,6 +29,7 @@ def compare(store: Store, words: Sequence[str], console: Console, *, anyway: boo
     """
     sides = [side(store, word) for word in words]
     notes = [note for pair in combinations(sides, 2) for note in _comparable(*pair, anyway=anyway)]
+    notes += [_left_out(one) for one in sides if one.left_out]
     names = named(sides)
     results = [
         (one, two, _paired(sides[one], sides[two]))
@@ -45,6 +46,13 @@ def compare(store: Store, words: Sequence[str], console: Console, *, anyway: boo
         console.print(f"\n{escape(said)}", soft_wrap=True, highlight=False)
     for note in dict.fromkeys([*notes, *_flags(sides, names)]):
         console.print(f"[yellow]note[/yellow] {escape(note)}", soft_wrap=True, highlight=False)
+
+
+def _left_out(one: Side) -> str:
+    seeds = ", ".join(map(str, one.left_out))
+    if len(one.left_out) > 1:
+        return f"seeds {seeds} have not met every attack of {one.word} and are left out"
+    return f"seed {seeds} has not met every attack of {one.word} and is left out"
 
 
 def _paired(one: Side, two: Side) -> Paired:

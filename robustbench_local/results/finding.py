@@ -31,9 +31,10 @@ class Side:
     word: str
     records: Mapping[int, Sequence[Record]]
     outcomes: NDArray[np.float64]  # (seeds, images), the worst case over the attacks
-    draws: Draws  # of a random victim of one seed
     indices: NDArray[np.int64]
     labels: NDArray[np.int64]
+    draws: Draws  # of a random victim of one seed
+    left_out: Sequence[int]  # seeds that have not met every attack
 
     @property
     def first(self) -> Record:
@@ -92,13 +93,15 @@ def side(store: Store, word: str) -> Side:
     """What `word` selects: one run, or one victim by `key=value,key=value`."""
     if "=" not in word:
         record = one_record(store, word)
-        return _side(store, word, {record["seed"]: [record]})
+        return _side(store, word, {record["seed"]: [record]}, [])
     wanted = _wanted(word)
     records = [record for record in store.all() if fits(record, wanted)]
     if not records:
         raise UserError(_nothing(store, word, wanted))
     _refuse_several(word, records)
-    return _side(store, word, _counted(word, records))
+    counted = _counted(word, records)
+    left_out = sorted({record["seed"] for record in records} - counted.keys())
+    return _side(store, word, counted, left_out)
 
 
 def fits(record: Record, wanted: Mapping[str, str]) -> bool:
@@ -209,7 +212,9 @@ def _counted(word: str, records: Sequence[Record]) -> dict[int, list[Record]]:
     }
 
 
-def _side(store: Store, word: str, records: Mapping[int, Sequence[Record]]) -> Side:
+def _side(
+    store: Store, word: str, records: Mapping[int, Sequence[Record]], left_out: Sequence[int]
+) -> Side:
     examples = [store.examples(each["run_id"]) for same in records.values() for each in same]
     places = [(each.indices, each.labels) for each in examples]
     indices, labels = places[0]
@@ -220,7 +225,7 @@ def _side(store: Store, word: str, records: Mapping[int, Sequence[Record]]) -> S
             )
     worst = [worst_case(store, list(map(summarise, records[seed]))) for seed in sorted(records)]
     outcomes = np.array([seed.images for seed in worst], np.float64)
-    return Side(word, records, outcomes, worst[0].draws, indices, labels)
+    return Side(word, records, outcomes, indices, labels, worst[0].draws, left_out)
 
 
 def differing(sides: Iterable[Side], key: str) -> list[Any]:

@@ -231,6 +231,20 @@ def test_several_seeds_are_a_matrix(store, cli):
     assert "which says nothing about the training noise of the one with one" in out
 
 
+def test_a_seed_that_has_not_met_every_attack_is_left_out_and_named(store, cli):
+    for seed, attacks in ((0, ("fgsm", "pgd")), (1, ("pgd",)), (2, ("fgsm",))):
+        for attack in attacks:
+            add(store, f"{attack}{seed}", [1, 0] * 50, defense="jpeg", attack=attack, seed=seed,
+                weights=f"w{seed}")  # fmt: skip
+    add(store, "b", [1, 1] * 50, defense="none", attack="fgsm")
+    add(store, "c", [1, 1] * 50, defense="none", attack="pgd")
+    code, out, _ = cli("compare", "defense=jpeg", "defense=none")
+    assert code == 0
+    assert "note seeds 1, 2 have not met every attack of defense=jpeg and are left out" in out
+    out = cli("compare", "defense=jpeg,attack=pgd", "defense=none,attack=pgd")[1]
+    assert "left out" not in out
+
+
 def test_draws_that_images_share_count_in_a_comparison(store, cli):
     """Two random victims whose draws turn half of the images at once, each for itself."""
     generator = np.random.default_rng(3)
