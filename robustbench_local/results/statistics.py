@@ -280,6 +280,7 @@ def _sources(one: Floats, two: Floats, draws: tuple[Draws, Draws]) -> list[Sourc
 
 
 _ROUNDING = 1e-24
+"""Variances up to this are those of rounding: nothing varies."""
 
 
 def _alone(draws: NDArray[np.bool_]) -> float:

@@ -50,7 +50,7 @@ def worst_case(store: "Store", runs: Sequence[Summary]) -> WorstCase:
     crossed = (odd[by_even, images] + even[by_odd, images]) / 2
     if crossed.mean() >= strongest.images.mean():
         return strongest
-    first = min(counts)  # so many draws have all of them
-    draws = np.array([outcome.draws[:, :first] for outcome in outcomes])
-    chosen = np.where(np.arange(first) % 2, by_even[:, None], by_odd[:, None])
-    return WorstCase(crossed, draws[chosen, images[:, None], np.arange(first)])
+    common = np.arange(min(counts))  # the draws that all attacks have
+    draws = np.array([outcome.draws[:, common] for outcome in outcomes])
+    chosen = np.where(common % 2, by_even[:, None], by_odd[:, None])
+    return WorstCase(crossed, draws[chosen, images[:, None], common])

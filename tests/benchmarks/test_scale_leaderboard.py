@@ -51,8 +51,10 @@ def test_a_hundred_thousand_records_fold_in_a_minute_and_two_gibibytes(
     """Not by itself: the peak of memory is that of the whole process."""
     count = request.config.getoption("--fold-records")
     if not count:
-        # On purpose: it writes 1.6 GB to disk, and the test above holds cost to be linear in CI.
-        pytest.skip("needs --fold-records 100000 and about 2 GiB of disk")
+        pytest.skip(
+            "on purpose, since it writes 1.6 GB and needs a process of its own: --fold-records "
+            "100000 runs it, and the test above holds the cost to be linear"
+        )
     write(tmp_path, count)
     began = time.perf_counter()
     table = fold(Store(tmp_path))
