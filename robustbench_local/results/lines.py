@@ -131,12 +131,12 @@ def line_of(store: "Store", row: list[Summary], origin: str, intervals: Interval
 def worst_interval(
     value: float, cells: Sequence[Mapping[str, Summary]], intervals: Intervals
 ) -> Interval:
-    """Wilson's interval around the worst case, or the wider one of what decided it.
+    """Wilson's interval around the worst case, or where it is wider that of what decided it.
 
     `cells` are the runs that count, by attack, of each seed.
 
-    Of a random victim the strongest attack may have limits wider than those over images, from draws
-    that its images share (`statistics.accuracy`): the worst case is not known better than that.
+    Of a random victim the limits of the strongest attack are wider than those over images, from
+    draws that its images share (`statistics.accuracy`): the worst case is not known better.
     """
     runs = [min(cell.values(), key=lambda run: run.robust.value) for cell in cells]
     found = intervals.around(value, runs[0].n)

@@ -3,17 +3,22 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-RECORD_VERSION = 5
+import numpy as np
+
+from robustbench_local.results.statistics import accuracy_over_draws
+
+RECORD_VERSION = 6
 """What is written. Versions from `OLDEST` are read."""
 
 OLDEST = 3
 
 
 def migrate(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with everything that was added since its version; what is told is never changed.
+    """The record with all that was added since its version; what was measured is not changed.
 
     An addition is what it would have been where that is known, and else null or empty, which every
-    reader takes for "was not asked then". The file itself stays as it is.
+    reader takes for "was not asked then". Limits, which follow from what was measured, are made
+    anew where they were too narrow. The file itself stays as it is.
     """
     while record["version"] < RECORD_VERSION:
         record = _STEPS[record["version"]](record)
@@ -43,4 +48,18 @@ def _to_5(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**added, **record, "version": 5}
 
 
-_STEPS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {3: _to_4, 4: _to_5}
+def _to_6(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Limits of random victims: over images and over draws, where the wider of the two stood."""
+    limits = {}
+    for when, means in (record["accuracy_of_draws"] or {}).items():
+        name, n = f"{when}_accuracy", record["n"]
+        value = record[name]["value"]
+        limits[name] = accuracy_over_draws(value, n, np.asarray(means, np.float64))._asdict()
+    return {**record, **limits, "version": 6}
+
+
+_STEPS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    3: _to_4,
+    4: _to_5,
+    5: _to_6,
+}

@@ -24,8 +24,9 @@ ROW = ("dataset", "model", "train", "defense", "norm", "epsilon", "access", "awa
 FOLDED = frozenset(
     {
         "version", "run_id", "finished", "comparability", "labels", "seed", "n", "clean_accuracy",
-        "robust_accuracy", "randomized", "judge_draws", "eot", "learned", "weights", "flags",
-        "passes_per_attacked_image", "seconds", "leaderboard", "examples_sha256", "examples_bytes",
+        "robust_accuracy", "accuracy_of_draws", "randomized", "judge_draws", "eot", "learned",
+        "weights", "flags", "passes_per_attacked_image", "seconds", "leaderboard",
+        "examples_sha256", "examples_bytes",
     }
 )  # fmt: skip
 """The keys of a record that are read for its summary."""
@@ -125,7 +126,7 @@ def warnings_of(record: Record) -> list[str]:
 
 
 def for_leaderboard(record: Record, examples: PerExample | None) -> dict[str, Any]:
-    """What a record of version 5 says once more, in short, so that folding need read no more.
+    """What records say once more from version 5 on, in short, so that folding need read no more.
 
     `cleared`: the checks that were made and found nothing (records before version 4 do not say);
     `audit`: its settings; `robust`: the outcomes of `examples`, packed; null where they are no

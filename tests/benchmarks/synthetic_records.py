@@ -12,6 +12,7 @@ import numpy as np
 
 from robustbench_local.evaluation import PerExample
 from robustbench_local.results import Store
+from robustbench_local.results.migration import RECORD_VERSION
 from robustbench_local.results.statistics import accuracy
 
 REAL = Path(__file__).parents[1] / "results" / "fixtures" / "version4" / "records"
@@ -78,7 +79,7 @@ def _text_of(variants: Store, variant: str, run: dict[str, Any]) -> str:
     examples = _examples(variant, run, randomized=randomized)
     marks = {key: f"@{key}@" for key in OPEN}
     record |= {
-        "version": 5,
+        "version": RECORD_VERSION,
         "run_id": variant,
         "comparability": marks["comparability"],
         "seed": marks["seed"],

@@ -11,6 +11,7 @@ from test_leaderboard import examples as outcome_of
 from robustbench_local.errors import UserError
 from robustbench_local.results import Store, fold
 from robustbench_local.results.integrity import encode
+from robustbench_local.results.migration import RECORD_VERSION
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_damaged_and_newer_records_are_named_left_there_and_not_copied(stores):
     (there.records / "a.json").write_text("half")
     (there.records / "b.npz").unlink()
     path = there.records / "c.json"
-    path.write_bytes(encode({**json.loads(path.read_text()), "version": 6}))
+    path.write_bytes(encode({**json.loads(path.read_text()), "version": RECORD_VERSION + 1}))
     before = content(there)
     report = here.merge(there.folder)
     assert report.added == ["d"]
@@ -103,7 +104,7 @@ def test_what_a_newer_version_wrote_here_is_not_replaced(stores):
     for store in stores:
         add(store, "a", [1, 0])
     path = here.records / "a.json"
-    path.write_bytes(encode({**json.loads(path.read_text()), "version": 6}))
+    path.write_bytes(encode({**json.loads(path.read_text()), "version": RECORD_VERSION + 1}))
     before = content(here)
     with pytest.warns(UserWarning, match="upgrade"):
         ((run_id, sentence),) = here.merge(there.folder).conflicts

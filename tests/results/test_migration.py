@@ -1,5 +1,6 @@
 """Records of older versions, from files as they were written then."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from robustbench_local.results import Store, fold
 from robustbench_local.results.migration import OLDEST, RECORD_VERSION, migrate
 from robustbench_local.results.report import doubts
+from robustbench_local.results.statistics import accuracy
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VERSIONS = range(OLDEST, RECORD_VERSION)
@@ -25,10 +27,10 @@ def test_an_older_record_loads_with_its_numbers_and_what_it_lacks(version):
     examples = store.examples(found["run_id"])
     assert found["version"] == RECORD_VERSION
     assert found["n"] == len(examples.labels) == 12
-    assert found["robust_accuracy"]["value"] == examples.robust_correct.mean() == 0.5
-    assert (found["randomized"], found["detection"], found["accuracy_of_draws"]) == (
-        False, None, None,
-    )  # fmt: skip
+    robust = pytest.approx(0.325) if version == 5 else 0.5
+    assert found["robust_accuracy"]["value"] == examples.robust_correct.mean() == robust
+    assert found["detection"] is None
+    assert found["randomized"] is (version == 5) is (found["accuracy_of_draws"] is not None)
     if version == 3:
         assert (found["learned"], found["metrics"], found["eot"]) == ({}, None, None)
         assert examples.clean_probabilities.shape == (12, 0)
@@ -39,7 +41,8 @@ def test_an_older_record_loads_with_its_numbers_and_what_it_lacks(version):
 def test_an_older_record_is_a_line_of_the_leaderboard(version):
     store, found = old(version)
     (line,) = fold(store).query("origin == 'local'").to_dict("records")
-    assert (line["run_ids"], line["worst_case"], line["pgd"]) == (found["run_id"], 0.5, 0.5)
+    attack, robust = ("fgsm", pytest.approx(0.325)) if version == 5 else ("pgd", 0.5)
+    assert (line["run_ids"], line["worst_case"], line[attack]) == (found["run_id"], robust, robust)
     assert line["queries"] == found["passes_per_attacked_image"]["forward"] > 1
     assert line["parameters"] == found["weights"]["parameters"] > 1000
 
@@ -50,6 +53,19 @@ def test_the_examples_of_an_older_record_are_checked_when_it_is_folded(tmp_path)
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.warns(UserWarning, match="its examples are damaged; set aside"):
         assert "local" not in set(fold(Store(tmp_path))["origin"])
+
+
+def test_limits_of_random_victims_are_those_that_would_be_written_today():
+    store, found = old(5)
+    examples = store.examples(found["run_id"])
+    (path,) = store.records.glob("*.json")
+    written = json.loads(path.read_text())["robust_accuracy"]
+    clean = accuracy(examples.clean_correct, examples.clean_draws)._asdict()
+    today = accuracy(examples.robust_correct, examples.robust_draws)._asdict()
+    assert (found["clean_accuracy"], found["robust_accuracy"]) == (clean, today)
+    assert today["low"] < written["low"] < written["high"] < today["high"]
+    (summary,) = store.summaries()  # which reads some keys only
+    assert summary.robust._asdict() == today
 
 
 def test_nothing_that_is_told_is_changed():
