@@ -14,11 +14,11 @@ from rich.table import Table
 from robustbench_local.errors import UserError
 from robustbench_local.results.finding import VICTIM, Side, differing, side
 from robustbench_local.results.leaderboard import starred
-from robustbench_local.results.lines import Intervals, worst_interval
 from robustbench_local.results.report import print_title, radius_in_words
 from robustbench_local.results.statistics import Interval, Paired, holm, paired, seed_summary
 from robustbench_local.results.store import Store
-from robustbench_local.results.summary import summarise, warnings_of
+from robustbench_local.results.summary import warnings_of
+from robustbench_local.results.worst_case import WorstCase, worst_interval
 
 
 def compare(store: Store, words: Sequence[str], console: Console, *, anyway: bool = False) -> None:
@@ -160,8 +160,8 @@ def _where(sides: Sequence[Side]) -> str:
 def robust(side: Side) -> Interval:
     """The accuracy of a side with its interval: of one seed that of the leaderboard."""
     if len(side.seeds) == 1:
-        cell = {record["labels"]["attack"]: summarise(record) for record in side.all_records}
-        return worst_interval(float(side.outcomes.mean()), [cell], Intervals())
+        worst = WorstCase(side.outcomes[0], side.draws)
+        return worst_interval(float(worst.images.mean()), [worst])
     summary = seed_summary(side.outcomes)
     return Interval(summary.mean, summary.low, summary.high)
 

@@ -14,11 +14,11 @@ from rich.table import Table
 from robustbench_local.display import output
 from robustbench_local.files import atomic_path
 from robustbench_local.identity import content_id
-from robustbench_local.results.leaderboard import mean_worst_case, starred, victim_of
-from robustbench_local.results.lines import Intervals, worst_interval
+from robustbench_local.results.leaderboard import starred, victim_of
 from robustbench_local.results.report import print_title, radius_in_words
 from robustbench_local.results.store import Record, Store
 from robustbench_local.results.summary import summarise
+from robustbench_local.results.worst_case import worst_case, worst_interval
 
 VICTIM = ("dataset", "model", "train", "defense", "seed")
 """What names a row of the table."""
@@ -116,8 +116,8 @@ def _doubts(records: Sequence[Record]) -> dict[str, object]:
 
 
 def _worst(store: Store, records: Sequence[Record]) -> dict[str, Any]:
-    cell = {record["run_id"]: summarise(record) for record in records}
-    value, low, high = worst_interval(mean_worst_case(store, records), [cell], Intervals())
+    outcome = worst_case(store, [summarise(record) for record in records])
+    value, low, high = worst_interval(float(outcome.images.mean()), [outcome])
     return {
         **_line(records[0]),
         "attack": "worst_case",

@@ -1,7 +1,7 @@
 """The leaderboard: folded from the records, never edited, replaced as a whole."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING
 from robustbench_local.files import atomic_path, remove_leftovers
 from robustbench_local.identity import PACKAGE
 from robustbench_local.results.doubts import RANKING_ATTACKS, starred
-from robustbench_local.results.lines import ENDS, MEASURES, Intervals, Line, line_of, strongest
+from robustbench_local.results.lines import ENDS, MEASURES, Line, line_of, strongest
 from robustbench_local.results.ranking import ranks
-from robustbench_local.results.store import Record, Store
-from robustbench_local.results.summary import ROW, Summary, summarise, victim_of
-from robustbench_local.results.worst_case import worst_case
+from robustbench_local.results.store import Store
+from robustbench_local.results.summary import ROW, Summary, victim_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    "RANKING_ATTACKS", "ROW", "fold", "mean_worst_case", "starred", "strongest", "victim_of",
+    "RANKING_ATTACKS", "ROW", "fold", "starred", "strongest", "victim_of",
     "write_leaderboard",
 ]  # fmt: skip
 
@@ -69,11 +68,6 @@ def fold(store: Store) -> "pd.DataFrame":
     return table.sort_values(["dataset", "comparability"], kind="stable", ignore_index=True)
 
 
-def mean_worst_case(store: Store, records: Sequence[Record]) -> float:
-    """The mean over the images of `worst_case`, of attacks on one victim."""
-    return float(worst_case(store, [summarise(record) for record in records]).images.mean())
-
-
 def _lines(store: Store) -> Iterator[Line]:
     """All lines, those of one comparability key together, best first and with their ranks."""
     is_reference = store.folder.resolve() == REFERENCE.resolve()
@@ -87,10 +81,9 @@ def _lines(store: Store) -> Iterator[Line]:
             copied = known.issuperset(run.run_id for run in row)
             if row[0].comparability in tables and not copied:
                 tables[row[0].comparability].append((shipped, row))
-    intervals = Intervals()
     for rows in tables.values():
         lines = [
-            line_of(of, row, "reference" if is_reference or of is shipped else "local", intervals)
+            line_of(of, row, "reference" if is_reference or of is shipped else "local")
             for of, row in rows
         ]
         lines.sort(key=lambda line: line.place)

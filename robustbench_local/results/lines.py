@@ -1,6 +1,6 @@
 """One line of the leaderboard: everything known about a defended model under a threat model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ from robustbench_local.results.doubts import (
     standing,
     starred,
 )
-from robustbench_local.results.statistics import Interval, wilson
+from robustbench_local.results.statistics import Interval
 from robustbench_local.results.summary import ROW, Summary
-from robustbench_local.results.worst_case import WorstCase, worst_case
+from robustbench_local.results.worst_case import WorstCase, worst_case, worst_interval
 
 if TYPE_CHECKING:
     from robustbench_local.results.store import Store
@@ -52,19 +52,7 @@ class Line:
         return {**self.fields, **named}
 
 
-class Intervals(dict[tuple[int, int], Interval]):
-    """Wilson's limits by successes and images: lines have few different ones, each takes long."""
-
-    def __missing__(self, key: tuple[int, int]) -> Interval:
-        self[key] = wilson(*key)
-        return self[key]
-
-    def around(self, value: float, n: int) -> Interval:
-        """The interval of an accuracy over n images."""
-        return self[round(value * n), n]._replace(value=value)
-
-
-def line_of(store: "Store", row: list[Summary], origin: str, intervals: Intervals) -> Line:
+def line_of(store: "Store", row: list[Summary], origin: str) -> Line:
     """Everything known about one defended model under one threat model.
 
     - Of a seed counts what was measured on its latest weights (`victim_of`).
@@ -101,7 +89,7 @@ def line_of(store: "Store", row: list[Summary], origin: str, intervals: Interval
     first = used[0]
     accuracies = {
         "clean_accuracy": _mean([next(iter(cell.values())).clean for cell in cells.values()]),
-        "worst_case": worst_interval(value, list(cells.values()), intervals),
+        "worst_case": worst_interval(value, outcomes),
         **{attack: _mean([run.robust for run in met]) for attack, met in met_by.items()},
     }
     fields: dict[str, object] = {
@@ -126,26 +114,6 @@ def line_of(store: "Store", row: list[Summary], origin: str, intervals: Interval
         "run_ids": " ".join(sorted({run.run_id for run in behind})),
     }
     return Line(fields, accuracies, outcomes)
-
-
-def worst_interval(
-    value: float, cells: Sequence[Mapping[str, Summary]], intervals: Intervals
-) -> Interval:
-    """Wilson's interval around the worst case, or where it is wider that of what decided it.
-
-    `cells` are the runs that count, by attack, of each seed.
-
-    Of a random victim the limits of the strongest attack are wider than those over images, from
-    draws that its images share (`statistics.accuracy`): the worst case is not known better.
-    """
-    runs = [min(cell.values(), key=lambda run: run.robust.value) for cell in cells]
-    found = intervals.around(value, runs[0].n)
-    shared = [
-        run.robust
-        for run in runs
-        if _width(run.robust) > _width(intervals.around(run.robust.value, run.n)) + 1e-9
-    ]
-    return max([found, *(_moved(each, value) for each in shared)], key=_width)
 
 
 def _flags(doubts: Sequence[Doubt], used: Sequence[Summary]) -> str:

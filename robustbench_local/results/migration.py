@@ -49,9 +49,9 @@ def _to_5(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_6(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Limits of random victims: over images and over draws, where the wider of the two stood."""
+    """Limits of random victims from images and the draws told, where the wider of the two stood."""
     limits = {}
-    for when, means in (record["accuracy_of_draws"] or {}).items():
+    for when, means in (record.get("accuracy_of_draws") or {}).items():
         name, n = f"{when}_accuracy", record["n"]
         value = record[name]["value"]
         limits[name] = accuracy_over_draws(value, n, np.asarray(means, np.float64))._asdict()

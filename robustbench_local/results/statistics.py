@@ -16,6 +16,10 @@ _CELLS = 2_000_000
 """Numbers that one step of a bootstrap holds at once: 16 MB."""
 
 
+_NORMAL = 1.959963984540054
+"""The 97.5% quantile of the normal distribution."""
+
+
 class Interval(NamedTuple):
     """An accuracy with its 95% interval; all three are fractions."""
 
@@ -25,16 +29,26 @@ class Interval(NamedTuple):
 
 
 def wilson(successes: float, n: int) -> Interval:
-    """The 95% Wilson interval of a proportion.
+    """The 95% Wilson interval of a proportion; see `over_images`."""
+    return over_images(successes / n, n)
 
-    `successes` is whole for deterministic victims. For randomised ones it is a sum of fractions
-    over the judge's draws and is rounded to the nearest whole number for the limits alone, which
-    moves them by what half an image does. (A half is told from what sums make of it.)
+
+def over_images(share: float, n: int) -> Interval:
+    """The 95% Wilson interval of a `share` of n images.
+
+    Of a random victim that is a mean of fractions over the judge's draws, which
+    `scipy.stats.binomtest` does not take; of whole images the limits are those of scipy to the last
+    digit.
     """
-    from scipy.stats import binomtest  # not at the top: it takes a second
-
-    limits = binomtest(round(round(successes, 6)), n).proportion_ci(0.95, method="wilson")
-    return Interval(successes / n, float(limits.low), float(limits.high))
+    square = _NORMAL**2
+    whole = 2 * (n + square)
+    centre = (2 * n * share + square) / whole
+    half = _NORMAL / whole * sqrt(4 * n * share * (1 - share) + square)
+    return Interval(
+        share,
+        0.0 if share == 0 else centre - half,
+        1.0 if share == 1 else centre + half,
+    )
 
 
 def clopper_pearson(successes: int, n: int) -> Interval:
@@ -51,30 +65,30 @@ def accuracy(correct: NDArray[Any], draws: NDArray[Any]) -> Interval:
     Of a deterministic victim that of Wilson over images. Of a random one, whose single `draws` are
     given, bool (n, draws), that of Student's t over the accuracies of the draws is added: where all
     images of a batch share one draw they are right or wrong together, which an interval over images
-    cannot see. Where each image draws for itself Wilson's holds that part already, and the limits
-    are wider than they must by up to 6% for 10 draws. `draws` of shape (n, 0) or (n, 1) say
-    nothing.
+    cannot see. Where each image draws for itself Wilson's holds that part already: the limits are
+    then wider than they must, by 6% on average for 10 draws, by much more for two or three. `draws`
+    of shape (n, 0) or (n, 1) say nothing.
     """
     n = len(correct)
     return accuracy_over_draws(float(correct.sum()) / n, n, draws.mean(axis=0))
 
 
 def accuracy_over_draws(value: float, n: int, means: Floats) -> Interval:
-    """The interval of `accuracy` around `value` of n images; the single draws had `means`."""
-    over_images = wilson(value * n, n)._replace(value=value)
-    return _added(over_images, means) if len(means) > 1 else over_images
+    """The interval of `accuracy` around `value` of n images, whose single draws had `means`."""
+    alone = over_images(value, n)
+    return _added(alone, means) if len(means) > 1 else alone
 
 
-def _added(over_images: Interval, means: Floats) -> Interval:
+def _added(alone: Interval, means: Floats) -> Interval:
     """The interval with that of Student's t over independent `means` added, of draws or seeds.
 
     The two are independent sources: half widths are added as squares on either side (MOVER, Zou and
     Donner 2008).
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    half = float(t.ppf(0.975, len(means) - 1)) * sqrt(_squared_error(means))
-    value, low, high = over_images
+    half = float(stdtrit(len(means) - 1, 0.975)) * sqrt(_squared_error(means))
+    value, low, high = alone
     low = value - sqrt(max(0.0, value - low) ** 2 + half**2)
     high = value + sqrt(max(0.0, high - value) ** 2 + half**2)
     return Interval(value, max(0.0, low), min(1.0, high))
@@ -117,9 +131,9 @@ def seed_summary(values: ArrayLike) -> SeedSummary:
     outcomes = _matrix(values)
     seeds, images = outcomes.shape
     each = outcomes.mean(axis=1)
-    over_images = wilson(float(outcomes.sum()) / seeds, images)
+    alone = wilson(float(outcomes.sum()) / seeds, images)
     several = seeds > 1
-    mean, low, high = _added(over_images, each) if several else over_images
+    mean, low, high = _added(alone, each) if several else alone
     sd = float(each.std(ddof=1)) if several else None
     return SeedSummary(mean, sd, float(each.min()), low, high, seeds, images)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from robustbench_local.results.statistics import Draws
+from robustbench_local.results.statistics import Draws, Interval, accuracy_over_draws
 from robustbench_local.results.summary import Summary, seen
 
 if TYPE_CHECKING:
@@ -54,3 +54,19 @@ def worst_case(store: "Store", runs: Sequence[Summary]) -> WorstCase:
     draws = np.array([outcome.draws[:, common] for outcome in outcomes])
     chosen = np.where(common % 2, by_even[:, None], by_odd[:, None])
     return WorstCase(crossed, draws[chosen, images[:, None], common])
+
+
+def worst_interval(value: float, outcomes: Sequence[WorstCase]) -> Interval:
+    """The 95% interval of `statistics.accuracy` around a worst case, or the mean of several seeds.
+
+    Its limits are those of one seed, the widest of any: seeds of a random victim differ in how far
+    their draws lie apart.
+    """
+    none: NDArray[np.float64] = np.empty(0)
+    intervals = [
+        accuracy_over_draws(
+            value, len(images), none if draws is None or not draws.size else draws.mean(axis=0)
+        )
+        for images, draws in outcomes
+    ]
+    return max(intervals, key=lambda interval: interval.high - interval.low)

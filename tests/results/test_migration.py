@@ -9,7 +9,7 @@ import pytest
 from robustbench_local.results import Store, fold
 from robustbench_local.results.migration import OLDEST, RECORD_VERSION, migrate
 from robustbench_local.results.report import doubts
-from robustbench_local.results.statistics import accuracy
+from robustbench_local.results.statistics import accuracy, wilson
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VERSIONS = range(OLDEST, RECORD_VERSION)
@@ -65,10 +65,22 @@ def test_limits_of_random_victims_are_those_that_would_be_written_today():
     assert (found["clean_accuracy"], found["robust_accuracy"]) == (clean, today)
     assert today["low"] < written["low"] < written["high"] < today["high"]
     (summary,) = store.summaries()  # which reads some keys only
-    assert summary.robust._asdict() == today
+    assert (summary.clean._asdict(), summary.robust._asdict()) == (clean, today)
 
 
-def test_nothing_that_is_told_is_changed():
+def test_records_of_version_4_may_hold_draws_already():
+    before = {"value": 0.5, "low": 0.4, "high": 0.6}
+    told = {
+        "version": 4, "judge_draws": 2, "n": 100,
+        "clean_accuracy": before, "robust_accuracy": before,
+        "accuracy_of_draws": {"clean": [0.5, 0.5], "robust": [0.4, 0.6]},
+    }  # fmt: skip
+    found = migrate(told)
+    assert found["clean_accuracy"] == wilson(50, 100)._asdict()
+    assert (found["robust_accuracy"]["low"], found["robust_accuracy"]["high"]) == (0, 1)
+
+
+def test_nothing_that_was_measured_is_changed():
     told = {"version": 3, "judge_draws": 10, "learned": {"x": 1}, "randomized": False, "eot": 7}
     assert migrate(told) | told == migrate(told) | {"version": 3}
     assert migrate({"version": 4, "judge_draws": 10})["randomized"] is True

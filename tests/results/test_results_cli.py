@@ -18,9 +18,10 @@ from robustbench_local.results.__main__ import main
 from robustbench_local.results.compare import p_in_words
 from robustbench_local.results.compare import robust as kept_by
 from robustbench_local.results.finding import side
-from robustbench_local.results.leaderboard import mean_worst_case
 from robustbench_local.results.statistics import accuracy, p_difference
+from robustbench_local.results.summary import summarise
 from robustbench_local.results.tables import escape_latex, escape_markdown
+from robustbench_local.results.worst_case import worst_case
 
 FULL = {
     "perturbation": {"norm": "linf", "images": 3, "mean": 0.1, "median": 0.1, "max": 0.3},
@@ -369,9 +370,8 @@ def test_the_worst_case_is_that_of_the_leaderboard(store):
         add(store, f"d{run}", generator.random(200) < 0.6, attack=attack, defense="none")
     for defense in ("noise", "none"):
         one = side(store, f"defense={defense}")
-        assert one.outcomes.mean() == pytest.approx(
-            mean_worst_case(store, one.all_records), abs=1e-12
-        )
+        worst = worst_case(store, [summarise(record) for record in one.all_records])
+        assert one.outcomes.mean() == pytest.approx(worst.images.mean(), abs=1e-12)
         line = fold(store).set_index("defense").loc[defense]
         assert one.outcomes.mean() == pytest.approx(line.worst_case, abs=1e-12)
         limits = (line.worst_case, line.worst_case_low, line.worst_case_high)

@@ -7,9 +7,12 @@ import pytest
 from test_leaderboard import examples, record
 
 from robustbench_local.results import Store
-from robustbench_local.results.leaderboard import mean_worst_case
 from robustbench_local.results.summary import summarise
 from robustbench_local.results.worst_case import worst_case
+
+
+def mean_worst_case(store, records):
+    return worst_case(store, [summarise(record) for record in records]).images.mean()
 
 
 @pytest.fixture
