@@ -147,7 +147,7 @@ def test_pgd_40_on_a_robust_network(
     benchmark: BenchmarkFixture, robust_digit_model: nn.Module, digits: Dataset
 ) -> None:
     x, y = correct_ones(robust_digit_model, digits)
-    result = benchmark.pedantic(race, args=(robust_digit_model, x, y, 8), rounds=1)
+    result = benchmark.pedantic(race, args=(robust_digit_model, x, y, 5), rounds=1)
     benchmark.extra_info.update(result.summary())
     assert result.left["ours"] <= min(result.left.values()) + 0.003
     assert result.ratio("torchattacks") >= 1, result.summary()

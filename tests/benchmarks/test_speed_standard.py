@@ -19,7 +19,7 @@ from robustbench_local.threat import ThreatModel
 pytestmark = pytest.mark.slow
 
 CONF = Path(__file__).parents[2] / "conf" / "attack"
-IMAGES = 256
+IMAGES = 160
 # Fewer than half of the steps and a tenth of the queries, in both: whole, the two take minutes.
 STEPS, QUERIES = 40, 500
 
