@@ -85,7 +85,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if settings["awareness"] not in ("adaptive", "oblivious"):
         raise UserError(
             f"awareness={settings['awareness']} is unknown; expected adaptive (the attack faces "
-            "the defense) or oblivious (it ignores what is in front of the network)"
+            "the defense) or oblivious (it ignores what is in front of the network): type for "
+            "example awareness=oblivious"
         )
 
 

@@ -343,6 +343,11 @@ def prove(
 ) -> Mapping[str, Any] | None:
     """What the defense certifies, which is about l2 and shown beside attacks under l2 only."""
     if config.threat.norm != "l2":
+        if defense.certifies:
+            display.say(
+                f"no certificate under {config.threat.norm}: what the defense proves is about l2; "
+                "type for example threat=mnist_l2"
+            )
         return None
     images = min(defense.certified_images or len(data.test), len(data.test))
     bar = display.evaluation("certificate", images, accuracy="certified")

@@ -30,6 +30,11 @@ def check_images(part: str, out: object, x: Images) -> Images:
         )
     if out.numel() and not _in_box(out) and _in_box(x):
         low, high = torch.aminmax(out.detach())
+        if low.isnan():
+            raise UserError(
+                f"{part}.transform returned pixels that are no numbers (NaN) for images in [0, 1]; "
+                "expected [0, 1]: look for a division by zero, also by one of its settings"
+            )
         raise UserError(
             f"{part}.transform returned pixels from {float(low):g} to {float(high):g} for images "
             "in [0, 1]; expected [0, 1]: end with .clamp(0, 1), and leave normalisation to the "

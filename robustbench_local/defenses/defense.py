@@ -202,11 +202,16 @@ class Defense:
 
         `progress` is called with the images done since its last call and the certified accuracy.
         """
-        certify = getattr(self.wrap[self.faced[0]], "certify", None) if self.faced else None
-        if certify is None:
+        if not self.certifies:
             return None
-        found: Mapping[str, Any] = certify(victim, split, seed=seed, progress=progress)
+        step: Any = self.wrap[self.faced[0]]
+        found: Mapping[str, Any] = step.certify(victim, split, seed=seed, progress=progress)
         return found
+
+    @property
+    def certifies(self) -> bool:
+        """Whether `certify` proves anything."""
+        return bool(self.faced) and hasattr(self.wrap[self.faced[0]], "certify")
 
     @property
     def certified_images(self) -> int | None:

@@ -7,7 +7,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from robustbench_local.results.report import doubts, print_title, radius_in_words
+from robustbench_local.results.report import (
+    doubts,
+    print_title,
+    radius_in_words,
+    show_certificate,
+)
 from robustbench_local.results.store import Record
 
 _ACCURACIES = (("clean", "clean_accuracy"), ("robust", "robust_accuracy"))
@@ -34,8 +39,7 @@ def show_record(record: Record, console: Console) -> None:
     console.print(_accuracies(record))
     for sentence in dict.fromkeys(doubts(record)):
         console.print(f"[yellow]note[/yellow] {escape(sentence)}", soft_wrap=True, highlight=False)
-    if record.get("certified"):
-        _section("certified accuracy", record["certified"], console)
+    show_certificate(record, console)
     if record.get("metrics"):
         _show_metrics(record, console)
     rest = {key: value for key, value in record.items() if key not in _ELSEWHERE}

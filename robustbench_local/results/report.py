@@ -57,7 +57,7 @@ def show(
     print_title(title, console)
     console.print(table)
     _show_preparation(records, console)
-    _show_certificate(records[0], console)
+    show_certificate(records[0], console)
     for record in records:
         _show_parts(record, console, several=len(records) > 1)
         _show_audit(record, console, several=len(records) > 1)
@@ -92,7 +92,7 @@ def _show_preparation(records: Sequence[Record], console: Console) -> None:
         )
 
 
-def _show_certificate(record: Record, console: Console) -> None:
+def show_certificate(record: Record, console: Console) -> None:
     """Accuracy that is proved, and only that is called certified."""
     proved = record.get("certified")
     if not proved:

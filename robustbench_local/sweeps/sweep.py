@@ -166,7 +166,7 @@ def _announce(plan: Plan, expected: Estimate, info: Info, display: Display) -> N
     if plan.to_launch and expected.known:
         each = f" on {info.workers} processes" if info.workers > 1 else " one after the other"
         time = duration(expected.total / info.workers)
-        about = "about" if expected.close else "at least"
+        about = "about" if expected.close else "roughly"
         told.append(f"{about} {time}{each} ({expected.rests_on})")
     elif plan.to_launch:
         told.append(f"no estimate of the time: {expected.rests_on}")

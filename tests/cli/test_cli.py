@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
+from rich.console import Console
 from safetensors.torch import save_file
 
 from robustbench_local.__main__ import main
+from robustbench_local.results.one import show_record
 from robustbench_local.selftest.__main__ import main as run_selftest
 from robustbench_local.sweep import Compare
 
@@ -783,7 +786,13 @@ def test_under_l2_a_record_says_what_is_proved(cli):
     shares = [share["value"] for share in proved["radii"].values()]
     assert shares == sorted(shares, reverse=True) and shares[0] > 0.3
     assert "certified accuracy" in done.out
-    assert cli(*QUICK, "defense=randomized_smoothing", "attack=noise").code == 0
+    shown = Console(file=StringIO(), width=80)
+    show_record(record, shown)
+    lines = done.out.splitlines()
+    heading = next(line for line in lines if "certified accuracy" in line)
+    assert heading in shown.file.getvalue().splitlines()
+    done = cli(*QUICK, "defense=randomized_smoothing", "attack=noise")
+    assert done.code == 0 and "no certificate under linf" in done.err
     linf = next(r for r in records().values() if r["labels"]["norm"] == "linf")
     assert linf["certified"] is None  # nothing is proved about it
 

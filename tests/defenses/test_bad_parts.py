@@ -72,7 +72,7 @@ class Constant(Shifted):
 
 FAULTS = [
     (Brighter, r"Brighter\.transform returned pixels from 0\.25 to 1\.25 .*expected \[0, 1\]"),
-    (Numberless, r"Numberless\.transform returned pixels from nan to nan"),
+    (Numberless, r"Numberless\.transform returned pixels that are no numbers .*division by zero"),
     (Endless, r"Endless\.transform returned pixels from 1 to inf"),
     (Doubled, r"Doubled\.transform returned float64 on cpu for images of float32 on cpu"),
     (Coloured, r"Coloured\.transform returned shape \(4, 3, 8, 8\).*expected \(4, 1, height, wi"),
