@@ -346,7 +346,7 @@ def prove(
         if defense.certifies:
             display.say(
                 f"no certificate under {config.threat.norm}: what the defense proves is about l2; "
-                "type for example threat=mnist_l2"
+                "type threat=DATASET_l2, for example threat=mnist_l2"
             )
         return None
     images = min(defense.certified_images or len(data.test), len(data.test))

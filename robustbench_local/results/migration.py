@@ -17,8 +17,8 @@ def migrate(record: dict[str, Any]) -> dict[str, Any]:
     """The record with all that was added since its version; what was measured is not changed.
 
     An addition is what it would have been where that is known, and else null or empty, which every
-    reader takes for "was not asked then". Limits, which follow from what was measured, are made
-    anew where they were too narrow. The file itself stays as it is.
+    reader takes for "was not asked then". The limits of random victims, which follow from what was
+    measured, are made anew. The file itself stays as it is.
     """
     while record["version"] < RECORD_VERSION:
         record = _STEPS[record["version"]](record)

@@ -39,7 +39,10 @@ def show_record(record: Record, console: Console) -> None:
     console.print(_accuracies(record))
     for sentence in dict.fromkeys(doubts(record)):
         console.print(f"[yellow]note[/yellow] {escape(sentence)}", soft_wrap=True, highlight=False)
-    show_certificate(record, console)
+    if record.get("certified"):
+        show_certificate(record, console)
+        rest = {key: value for key, value in record["certified"].items() if key != "radii"}
+        _section("certificate", rest, console)
     if record.get("metrics"):
         _show_metrics(record, console)
     rest = {key: value for key, value in record.items() if key not in _ELSEWHERE}

@@ -66,7 +66,7 @@ def accuracy(correct: NDArray[Any], draws: NDArray[Any]) -> Interval:
     given, bool (n, draws), that of Student's t over the accuracies of the draws is added: where all
     images of a batch share one draw they are right or wrong together, which an interval over images
     cannot see. Where each image draws for itself Wilson's holds that part already: the limits are
-    then wider than they must, by 6% on average for 10 draws, by much more for two or three. `draws`
+    then wider than they must, by up to 6% on average for 10 draws, by much more for two. `draws`
     of shape (n, 0) or (n, 1) say nothing.
     """
     n = len(correct)
@@ -189,11 +189,11 @@ def paired(
     difference = float(differences.mean())
     generator = np.random.default_rng(seed)
     drawn = _resampled_means(differences, resamples, generator)
-    over_images, *others = _sources(one, two, draws)
+    images_alone, *others = _sources(one, two, draws)
     whole = _squared_error(differences)
-    if whole > over_images.variance:
+    if whole > images_alone.variance:
         centre = drawn.mean()
-        drawn = centre + sqrt(over_images.variance / whole) * (drawn - centre)
+        drawn = centre + sqrt(images_alone.variance / whole) * (drawn - centre)
     for _, variance, degrees in others:
         drawn += sqrt(variance) * generator.standard_t(degrees, resamples)
     low, high = np.quantile(drawn, (0.025, 0.975))
@@ -207,7 +207,7 @@ def paired(
         images=images,
         seeds=(len(one), len(two)),
         method="exact McNemar" if _is_binary(one, two) and not others else "paired t",
-        over=tuple(dict.fromkeys(source.over for source in (over_images, *others))),
+        over=tuple(dict.fromkeys(source.over for source in (images_alone, *others))),
     )
 
 
@@ -297,9 +297,9 @@ def _sources(one: Floats, two: Floats, draws: tuple[Draws, Draws]) -> list[Sourc
     if len(means) == 2 and len(means[0]) == len(means[1]):
         means = [means[0] - means[1]]  # whatever draws of one seed do to both
     found += [Source("draws", _squared_error(each), len(each) - 1) for each in means]
-    over_images = _squared_error(one.mean(axis=0) - two.mean(axis=0)) - sum(map(_alone, single))
+    of_images = _squared_error(one.mean(axis=0) - two.mean(axis=0)) - sum(map(_alone, single))
     real = [source for source in found if source.variance > _ROUNDING]
-    return [Source("images", max(0.0, over_images), one.shape[1] - 1), *real]
+    return [Source("images", max(0.0, of_images), one.shape[1] - 1), *real]
 
 
 _ROUNDING = 1e-24

@@ -64,9 +64,7 @@ def worst_interval(value: float, outcomes: Sequence[WorstCase]) -> Interval:
     """
     none: NDArray[np.float64] = np.empty(0)
     intervals = [
-        accuracy_over_draws(
-            value, len(images), none if draws is None or not draws.size else draws.mean(axis=0)
-        )
+        accuracy_over_draws(value, len(images), none if draws is None else draws.mean(axis=0))
         for images, draws in outcomes
     ]
     return max(intervals, key=lambda interval: interval.high - interval.low)

@@ -791,6 +791,7 @@ def test_under_l2_a_record_says_what_is_proved(cli):
     lines = done.out.splitlines()
     heading = next(line for line in lines if "certified accuracy" in line)
     assert heading in shown.file.getvalue().splitlines()
+    assert "predicted:" in shown.file.getvalue()
     done = cli(*QUICK, "defense=randomized_smoothing", "attack=noise")
     assert done.code == 0 and "no certificate under linf" in done.err
     linf = next(r for r in records().values() if r["labels"]["norm"] == "linf")
