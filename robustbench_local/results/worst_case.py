@@ -62,9 +62,9 @@ def worst_interval(value: float, outcomes: Sequence[WorstCase]) -> Interval:
     Its limits are those of one seed, the widest of any: seeds of a random victim differ in how far
     their draws lie apart.
     """
-    none: NDArray[np.float64] = np.empty(0)
-    intervals = [
-        accuracy_over_draws(value, len(images), none if draws is None else draws.mean(axis=0))
-        for images, draws in outcomes
-    ]
+    nothing: NDArray[np.float64] = np.empty(0)
+    intervals = []
+    for images, draws in outcomes:
+        means = nothing if draws is None or draws.shape[1] < 2 else draws.mean(axis=0)
+        intervals.append(accuracy_over_draws(value, len(images), means))
     return max(intervals, key=lambda interval: interval.high - interval.low)
