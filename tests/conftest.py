@@ -145,7 +145,7 @@ def what_is_recorded(results: Path | str) -> dict[str, tuple[dict[str, object], 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much of a benchmark or an ordeal to run: little in CI, more for figures to publish."""
     parser.addoption("--pixel-images", type=int, default=3, help="images of the one-pixel races")
-    parser.addoption("--fold-records", type=int, default=0, help="records of the large leaderboard")
+    parser.addoption("--fold-records", type=int, default=20_000, help="records of the large fold")
     parser.addoption("--kills", type=int, default=0, help="processes to kill; 0: a few")
 
 

@@ -80,6 +80,14 @@ def test_records_of_version_4_may_hold_draws_already():
     assert (found["robust_accuracy"]["low"], found["robust_accuracy"]["high"]) == (0, 1)
 
 
+def test_a_run_recorded_before_and_today_is_one_run(tmp_path):
+    before, found = old(5)
+    today = Store(tmp_path)
+    today.add(found, before.examples(found["run_id"]))
+    report = today.merge(before.folder)
+    assert (report.duplicates, report.conflicts) == ([found["run_id"]], [])
+
+
 def test_nothing_that_was_measured_is_changed():
     told = {"version": 3, "judge_draws": 10, "learned": {"x": 1}, "randomized": False, "eot": 7}
     assert migrate(told) | told == migrate(told) | {"version": 3}
